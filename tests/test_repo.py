@@ -1,0 +1,192 @@
+"""The repository's own rules: what is generated is in sync, what is committed is clean, what is declared is true."""
+import configparser
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PAPERMILL = [p for p in NOTEBOOKS if not re.match(r"\d\d_|index", p.name)]
+ENTRIES = [p for p in PAPERMILL if p.stem in ("train", "evaluate", "predict")]
+
+
+def each(notebooks):
+    return pytest.mark.parametrize("path", notebooks, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+
+
+def code_cells(path):
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+def config():
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    return cfg["DEFAULT"]
+
+
+# generated files
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    """A hand edit of a module, a notebook that was not exported and a module without its notebook all show up here."""
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
+    for name in ("nbs", "otseg"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for module in (tmp_path / "otseg").rglob("*.py"):
+        if module.name != "__init__.py":
+            module.unlink()
+    subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=tmp_path, check=True)
+    ours, exported = ({p.relative_to(root).as_posix(): p.read_text(encoding="utf-8")
+                       for p in (root / "otseg").rglob("*.py") if p.name != "_modidx.py"} for root in (ROOT, tmp_path))
+    assert sorted(ours) == sorted(exported), "run `make export`"
+    assert not [p for p in ours if ours[p] != exported[p]], "run `make export`"
+
+
+def test_readme_is_the_rendered_index():
+    if not (ROOT / "nbs/index.ipynb").exists():
+        pytest.skip("no nbs/index.ipynb")
+    text, pictures = runpy.run_path(str(ROOT / "scripts/readme.py"))["render"]()
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run `make readme`"
+    for path, data in pictures.items():
+        assert (ROOT / path).read_bytes() == data, f"{path}: run `make readme`"
+    for link in re.findall(r"""(?:\]\(|(?:src|href)=["'])(?![a-z]+:|#)([^)\s"'#]+)""", text):
+        assert (ROOT / link).exists(), f"README.md points to {link}, which does not exist"
+
+
+def test_links_of_the_index_work_from_the_root():
+    from_root = runpy.run_path(str(ROOT / "scripts/readme.py"))["from_root"]
+    assert from_root("[a](00_ot.ipynb) ![b](../results/b.png) [c](https://x.org/y) [d](#e)") == \
+        "[a](nbs/00_ot.ipynb) ![b](results/b.png) [c](https://x.org/y) [d](#e)"
+    assert from_root('<img src="../results/b.png" width="9">') == '<img src="results/b.png" width="9">'
+
+
+# notebooks
+
+@each(NOTEBOOKS)
+def test_notebook_is_clean(path):
+    for cell in code_cells(path):
+        assert cell["execution_count"] is None, "run `nbdev_clean`"
+        assert set(cell["metadata"]) <= {"tags"}, "run `nbdev_clean`"
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error", f"a committed traceback: {output.get('ename')}"
+            assert output.get("execution_count") is None, "run `nbdev_clean`"
+    assert path.stat().st_size < 200_000, "over 200 kB: fewer or smaller pictures"
+
+
+@each(PAPERMILL)
+def test_papermill_finds_the_parameters(path):
+    """Without the tag, papermill runs the defaults in silence."""
+    tagged = [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    for line in "".join(tagged[0]["source"]).splitlines():
+        if "=" in line.partition("#")[0]:
+            assert "#" in line, f"no comment says what this parameter is: {line}"
+
+
+@each(ENTRIES)
+def test_entry_notebook_is_thin(path):
+    """It calls the package and defines nothing that somebody would have to copy."""
+    assert not [c for c in code_cells(path) if re.search(r"^\s*(def|class) ", "".join(c["source"]), re.MULTILINE)]
+
+
+# packaging
+
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def pins(requirements):
+    return {(CONDA_NAMES.get(r.name, canonicalize_name(r.name)), str(r.specifier)) for r in map(Requirement, requirements)}
+
+
+def test_environment_matches_settings():
+    cfg = config()
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == cfg["lib_name"] and environment["channels"] == ["conda-forge"]
+    conda = [d for d in environment["dependencies"] if isinstance(d, str) and d != "pip"]
+    ours = [*cfg["requirements"].split(), *cfg["dev_requirements"].split(), f"python>={cfg['min_python']}"]
+    assert pins(conda) == pins(ours)
+
+
+def test_one_version():
+    import otseg
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert otseg.__version__ == config()["version"] == citation["version"]
+
+
+def runtime_distributions():
+    """Names of everything that the requirements of the package bring along, without its dev extra."""
+    todo, known = config()["requirements"].split(), set()
+    while todo:
+        requirement = Requirement(todo.pop())
+        name = canonicalize_name(requirement.name)
+        if name in known or requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        known.add(name)
+        try:
+            todo += distribution(name).requires or []
+        except PackageNotFoundError:  # optional on this platform
+            pass
+    return known
+
+
+def test_package_imports_with_its_requirements_alone():
+    """Everything else that is installed here is hidden, so neither a dev dependency nor an undeclared one is needed."""
+    runtime = runtime_distributions() | {"otseg"}
+    hidden = [m for m, dists in packages_distributions().items() if not runtime & {canonicalize_name(d) for d in dists}]
+    assert {"nbdev", "fastcore", "papermill", "mlxtend", "skimage", "ot", "pytest"} <= set(hidden)
+    code = f"""
+        import importlib, pkgutil, sys
+        class Visible:
+            def __init__(self, finder): self.finder = finder
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] not in {set(hidden)}: return self.finder.find_spec(name, path, target)
+        sys.meta_path[:] = map(Visible, sys.meta_path)
+        import otseg
+        for module in pkgutil.walk_packages(otseg.__path__, "otseg."):
+            importlib.import_module(module.name)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_path_of_somebodys_machine():
+    """A path that exists on one computer only, in a notebook's output as in the code."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    private = re.compile(r"(?<![\w.])(/(work|root|home|Users|opt|tmp|mnt|private)/[\w.]+|[A-Z]:\\\\?Users)")
+    found = []
+    for path in map(ROOT.joinpath, filter(None, listing.stdout.split("\0"))):
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError:  # weights and pictures
+            continue
+        found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in private.finditer(text)]
+    assert not found
+
+
+# numbers of others
+
+def test_published_numbers_have_a_source_and_agree():
+    df = pd.read_csv(ROOT / "results/published.csv", keep_default_na=False)
+    assert list(df) == ["table", "method", "dataset", "setting", "metric", "value", "source", "note"]
+    assert (df.source != "").all() and not df.duplicated(["table", "method", "dataset", "setting", "metric"]).any()
+    scores = df[df.table != "efficiency"]
+    assert scores.metric.isin(["pacc", "miou_seen", "miou_unseen", "hiou"]).all() and scores.value.between(0, 100).all()
+    for key, rows in scores.groupby(["table", "method", "dataset", "setting"]):
+        value, note = rows.set_index("metric").value, rows.set_index("metric").note
+        if "hiou" in value and not note["hiou"]:
+            s, u = value["miou_seen"], value["miou_unseen"]
+            assert abs(2 * s * u / (s + u) - value["hiou"]) < 0.11, f"{key}: hIoU is not that of S and U, and no note says so"
