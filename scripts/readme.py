@@ -1,7 +1,7 @@
 """Render nbs/index.ipynb to README.md: `python scripts/readme.py`.
 
-Relative links are rewritten to work from the repository's root, pictures that the notebook drew go to
-results/figures, and cells marked `#| hide` stay out.
+Relative links are rewritten to work from the repository's root and pictures that the notebook drew go to
+results/figures. Cells marked `#| hide` stay out, and so does the code of those marked `#| echo: false`.
 """
 import posixpath
 import re
@@ -11,8 +11,8 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
-FIGURES = "results/figures"
 LINK = re.compile(r"""(\]\(|(?:src|href)=["'])(?![a-z]+:|[#/])([^)\s"'#]+)""")
+PICTURES = {"enabled": True, "output_filename_template": "results/figures/readme_{cell_index}_{index}{extension}"}
 
 
 def from_root(markdown):
@@ -23,13 +23,16 @@ def from_root(markdown):
 def render(notebook=ROOT / "nbs/index.ipynb"):
     """Return the text of README.md and its pictures as {path: bytes}; writes nothing."""
     nb = nbformat.read(notebook, as_version=4)
-    nb.cells = [cell for cell in nb.cells if "#| hide" not in cell.source]
+    nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| hide")]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = from_root(cell.source)
-    name = f"{FIGURES}/readme_{{cell_index}}_{{index}}{{extension}}"
-    exporter = MarkdownExporter(config={"ExtractOutputPreprocessor": {"output_filename_template": name}})
-    text, resources = exporter.from_notebook_node(nb)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = from_root(output.data["text/markdown"])
+        if cell.source.startswith("#| echo: false"):
+            cell.metadata["transient"] = {"remove_source": True}
+    text, resources = MarkdownExporter(config={"ExtractOutputPreprocessor": PICTURES}).from_notebook_node(nb)
     text = re.sub(r"<style scoped>.*?</style>\s*", "", text, flags=re.DOTALL)  # GitHub shows it as text
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)).strip()
     return text + "\n", resources["outputs"]
