@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'check_visual', 'visual_tower', 'resize_positions', 'Fea
            'check_architecture', 'load_clip', 'class_embeddings', 'text_hash', 'read_embeddings',
            'cached_class_embeddings']
 
-# %% ../nbs/03_clip.ipynb #d97f5a4a
+# %% ../nbs/03_clip.ipynb #6df85343
 import difflib
 import hashlib
 import json
@@ -26,7 +26,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, VisionTransformer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -181,7 +181,7 @@ def _read_torchscript(path) -> dict[str, Tensor]:
         with z.open(f"{root}/data.pkl") as f:
             return dict(walk(Unpickler(f).load()))
 
-# %% ../nbs/03_clip.ipynb #e032d9e8
+# %% ../nbs/03_clip.ipynb #f5093f9c
 def read_checkpoint(
     path: str | Path,  # .safetensors, .pt or .pth of tensors, or a TorchScript archive
 ) -> dict:
@@ -197,8 +197,9 @@ def read_checkpoint(
         asks = re.search(r"GLOBAL (\S+)", str(e))
         what = f"it asks for {asks[1]}" if asks else "it is no checkpoint of torch"
         raise ValueError(f"{path} is refused and nothing in it was run: only tensors and plain containers are read, and {what}") from None
-    except (RuntimeError, SafetensorError, zipfile.BadZipFile, AttributeError, EOFError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint, perhaps it is cut short: {str(e).splitlines()[0][:200]}") from None
+    except Exception as e:
+        reason = str(e).partition("\n")[0][:200] or type(e).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint, perhaps it is cut short: {reason}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, a dict of tensors is needed")
     return state
