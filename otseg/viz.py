@@ -156,7 +156,7 @@ def plan_maps(T, # (m, n) plan of one class or (k, m, n) of several; sums to 1 o
     fig.colorbar(heat, ax=axes, label='mass (uniform = 1)', extend='max', aspect=12)
     return fig
 
-# %% ../nbs/13_viz.ipynb #b2025141
+# %% ../nbs/13_viz.ipynb #b1ae6b03
 METRICS = dict(pacc='pAcc', miou_seen='S', miou_unseen='U', hiou='hIoU')
 
 def _long(log, columns, name):
@@ -167,6 +167,7 @@ def _long(log, columns, name):
 def curves(log # DataFrame: iteration, losses, <path>.<metric> as fractions; optionally setting
           ): # Figure
     "Losses, and one panel for each validation metric with a line for each path."
+    log = log.dropna(axis=1, how='all')  # U of a fully supervised run
     losses = [c for c in log if re.search('loss|focal|dice', c)]
     panels = {m: cols for m in METRICS if (cols := [c for c in log if re.fullmatch(rf'\w+\.{m}', c)])}
     if 'iteration' not in log or not losses + [*panels]: raise ValueError(f"log has the columns {list(log)}: expected iteration, and losses or <path>.<metric> with a metric of {list(METRICS)}")

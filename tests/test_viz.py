@@ -111,6 +111,8 @@ def test_curves_panels():
     assert np.allclose(y, [12.5, 25, 37.5, 50])
     only_losses = viz.curves(log()[["iteration", "loss"]])
     assert [a.get_ylabel() for a in only_losses.axes] == ["loss"]
+    supervised = viz.curves(log().assign(**{"mps.miou_unseen": np.nan, "mps.hiou": np.nan}))
+    assert [a.get_ylabel() for a in supervised.axes] == ["loss", "S (%)"]
     staged = pd.concat([log().assign(setting="inductive"), log().assign(setting="transductive")])
     assert "transductive" in [t.get_text() for t in viz.curves(staged).axes[1].get_legend().get_texts()]
 
