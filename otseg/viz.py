@@ -24,9 +24,9 @@ def palette(k # number of classes, at most 20
     if k > len(colors): raise ValueError(f"{k} classes but only {len(colors)} distinguishable colours: pass the dataset's palette")
     return colors[:k]
 
-# %% ../nbs/13_viz.ipynb #a4886c3f
+# %% ../nbs/13_viz.ipynb #0bb20f76
 IGNORE = 255
-def _array(t): return torch.as_tensor(t).detach().cpu().numpy()
+def _array(t): return t.detach().cpu().numpy() if torch.is_tensor(t) else np.asarray(t)
 
 def _rgb(image):
     "(3, H, W) uint8, or float in [0, 1], as an (H, W, 3) float array."
