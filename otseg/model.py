@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RelationshipDescriptor', 'Masks', 'OTSeg', 'DenseCLIP']
 
-# %% ../nbs/04_model.ipynb #252763bb
+# %% ../nbs/04_model.ipynb #e8b71ab6
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .clip import ImageEncoder, visual_tower
 from .mps import score_map
-from .mpsa import Decoder
+from .mpsa import Decoder, start_from_identity
 
 # %% ../nbs/04_model.ipynb #ec09d10d
 class RelationshipDescriptor(nn.Module):
@@ -49,7 +49,7 @@ class Masks(NamedTuple):
     mps: Tensor  # transport of the pixels to the class queries, no weights
     mpsa: Tensor  # transport inside the decoder
 
-# %% ../nbs/04_model.ipynb #5c3e595d
+# %% ../nbs/04_model.ipynb #ee4ad1d8
 class OTSeg(nn.Module):
     "Zero-shot segmentation by transport between pixels and several prompts per class (arXiv 2403.14183, Figure 2)."
 
@@ -63,7 +63,7 @@ class OTSeg(nn.Module):
         attention: str = "mpsa",  # the decoder's attention, one of `otseg.mpsa.ATTENTIONS`
         eps: float = 0.05,  # entropic regularisation of both paths
         dropout: float = 0.1,  # on visual prompts and in the decoder
-        identity: bool = False,  # start the relationship descriptor from q = t
+        identity: bool = False,  # start descriptor and decoder from CLIP's own cosines instead of random projections
     ):
         super().__init__()
         d = visual.output_dim
@@ -71,6 +71,8 @@ class OTSeg(nn.Module):
         self.encoder = ImageEncoder(visual, prompts, dropout)
         self.descriptor = RelationshipDescriptor(d, identity)
         self.decoder = Decoder(d, depth, attention, eps, dropout)
+        if identity:
+            start_from_identity(self.decoder)
         self.register_buffer("text", self.check_text(text).clone())
 
     def check_text(self, text: Tensor) -> Tensor:

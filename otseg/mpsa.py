@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'uniform_plan', 'PlanScore', 'MPSA', 'gather', 'SoftmaxScore', 'SoftmaxAttention', 'DecoderLayer',
-           'Decoder']
+           'Decoder', 'start_from_identity']
 
 # %% ../nbs/02_mpsa.ipynb #c9088aa7
 from collections.abc import Callable
@@ -181,3 +181,17 @@ ATTENTIONS = {  # name -> (d, eps, dropout, heads) -> constructors of a layer's 
     "uniform": lambda d, eps, dropout, heads: (lambda: MPSA(d, eps, dropout, uniform_plan), lambda: PlanScore(d, eps, uniform_plan)),
     "softmax": lambda d, eps, dropout, heads: (lambda: SoftmaxAttention(d, heads, dropout), lambda: SoftmaxScore(d, heads)),
 }
+
+# %% ../nbs/02_mpsa.ipynb #24665146
+@torch.no_grad()
+def start_from_identity(decoder: Decoder):
+    "Set a decoder's projections of queries and keys to the identity and its residual branches to zero, in place."
+    for module in decoder.modules():
+        if isinstance(module, (PlanScore, SoftmaxScore)):
+            for linear in (module.q, module.k):
+                nn.init.eye_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        branch = {MPSA: "proj", SoftmaxAttention: "proj", DecoderLayer: "linear2"}.get(type(module))
+        if branch:
+            nn.init.zeros_(getattr(module, branch).weight)
+            nn.init.zeros_(getattr(module, branch).bias)

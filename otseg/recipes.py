@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 
-# %% ../nbs/09_recipes.ipynb #91520d3a
+# %% ../nbs/09_recipes.ipynb #2180528c
 SETTINGS = ("inductive", "transductive", "fully_supervised")
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Recipe:
     prompts: int = 10  # visual prompt tokens in each block
     templates: int = 8  # text prompts per class, the first so many of `otseg.clip.TEMPLATES`
     dropout: float = 0.1  # on visual prompts and in the decoder
-    identity: bool = False  # start the relationship descriptor from the class embedding itself
+    identity: bool = False  # start descriptor and decoder from CLIP's cosines instead of random projections
     # optimisation
     max_iters: int = 20_000  # optimiser steps
     batch: int = 16  # images in a step, over all devices
