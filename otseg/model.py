@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RelationshipDescriptor', 'Masks', 'OTSeg', 'DenseCLIP']
 
-# %% ../nbs/04_model.ipynb #e8b71ab6
+# %% ../nbs/04_model.ipynb #4764fbb0
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import ImageEncoder, visual_tower
-from .mps import score_map
+from .mps import cosine, score_map
 from .mpsa import Decoder, start_from_identity
+from .ot import sinkhorn
 
 # %% ../nbs/04_model.ipynb #ec09d10d
 class RelationshipDescriptor(nn.Module):
@@ -49,7 +50,7 @@ class Masks(NamedTuple):
     mps: Tensor  # transport of the pixels to the class queries, no weights
     mpsa: Tensor  # transport inside the decoder
 
-# %% ../nbs/04_model.ipynb #ee4ad1d8
+# %% ../nbs/04_model.ipynb #9bd247bf
 class OTSeg(nn.Module):
     "Zero-shot segmentation by transport between pixels and several prompts per class (arXiv 2403.14183, Figure 2)."
 
@@ -88,10 +89,19 @@ class OTSeg(nn.Module):
         text: Tensor | None = None,  # class embeddings (k, n, d) in place of the stored ones
     ) -> Masks:  # logits (b, k, h, w) of both paths
         "Mask logits of both paths for each class of `text`."
+        x, q, grid = self.embed(image, text)
+        return Masks(score_map(x, q, self.eps).unflatten(-1, grid), self.decoder(q, x).unflatten(-1, grid))
+
+    def embed(self, image: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        "Pixels x (b, m, d), class queries q (b, k, n, d) and the token grid (h, w): what both paths read."
         text = self.text if text is None else self.check_text(text)
-        patches, cls, grid = self.encoder(image)
-        q = self.descriptor(cls, text)
-        return Masks(score_map(patches, q, self.eps).unflatten(-1, grid), self.decoder(q, patches).unflatten(-1, grid))
+        x, cls, grid = self.encoder(image)
+        return x, self.descriptor(cls, text), grid
+
+    def plan(self, image: Tensor, text: Tensor | None = None) -> Tensor:
+        "Transport plan (b, k, h, w, n) of the path without weights: which part of the image each prompt takes."
+        x, q, grid = self.embed(image, text)
+        return sinkhorn(1 - cosine(x, q), eps=self.eps).unflatten(2, grid)
 
     def trainable_state(self) -> dict[str, Tensor]:
         "The weights that learn, by name: all that a checkpoint needs beside CLIP and the class embeddings."
@@ -109,7 +119,7 @@ class OTSeg(nn.Module):
         from otseg.official import read_official
 
         state, c = read_official(source)
-        visual = visual_tower(c["width"], c["layers"], heads or c["width"] // 64, c["patch"], c["grid"] * c["patch"], c["dim"])
+        visual = visual_tower(c["width"], c["layers"], heads or c["heads"], c["patch"], c["grid"] * c["patch"], c["dim"])
         model = cls(visual, text, image_size, c["prompts"], c["depth"])
         model.load_state_dict({**state, "text": model.text})
         return model.eval()

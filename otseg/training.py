@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_terms', 'provenance', 'save_checkpoint',
-           'read_checkpoint', 'load_weights', 'load', 'plain', 'make_record', 'write_log', 'validate', 'fit',
-           'finish_run']
+           'read_checkpoint', 'load_weights', 'load', 'plain', 'make_record', 'project_root', 'newest_checkpoint',
+           'write_log', 'validate', 'inductive_checkpoint', 'fit', 'finish_run']
 
 # %% ../nbs/10_training.ipynb #56eb9e2d
 import json
@@ -168,6 +168,20 @@ def make_record(recipe: Recipe, bench: Benchmark, device: torch.device, started:
         "metrics": {path: plain(scores, bench.classes) for path, scores in metrics.items()},
     }
 
+# %% ../nbs/10_training.ipynb #6aff6cfd
+def project_root() -> Path:
+    "The checkout that this package is installed from, else the current folder."
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "settings.ini").is_file() else Path.cwd()
+
+# %% ../nbs/10_training.ipynb #938cf1fc
+def newest_checkpoint(folder: Path) -> Path:
+    "The last.safetensors written last below a folder."
+    found = sorted(Path(folder).rglob("last.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no last.safetensors below {folder}: train first (nbs/train.ipynb), or name a checkpoint")
+    return found[-1]
+
 # %% ../nbs/10_training.ipynb #09b08013
 def write_log(path: Path, rows: list[dict]):
     "The log so far, one line for each ten iterations or validation."
@@ -177,20 +191,30 @@ def validate(model, bench: Benchmark, recipe: Recipe, data, progress: bool = Fal
     "Metrics of each path with the recipe's stride and calibration."
     return evaluate(model, data, bench.seen, bench.unseen, recipe.calibration, stride=recipe.stride, progress=progress, **options)
 
-# %% ../nbs/10_training.ipynb #18b70215
+# %% ../nbs/10_training.ipynb #66b6fbf2
+def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
+    "The checkpoint that a transductive run starts from: half way through the same inductive run in `folder`."
+    default = asdict(resolve(recipe.dataset, "transductive"))
+    changes = {name: v for name, v in asdict(recipe).items() if v != default[name]}
+    path = folder / run_name(resolve(recipe.dataset, "inductive", **changes)) / "half.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"transductive training starts from an inductive run, but there is no {path}: run the setting 'inductive' first, or give init")
+    return path
+
+# %% ../nbs/10_training.ipynb #17d881c5
 def fit(
     recipe: Recipe,  # from `resolve`
     out: str | Path,  # folder for checkpoints, log.csv and record.json; made if it does not exist
-    init: str | Path | None = None,  # checkpoint to start from; the transductive setting needs an inductive one
+    init: str | Path | None = None,  # checkpoint to start from; the transductive setting looks for its inductive run beside `out`
     progress: bool = True,  # show bars
     **overrides,  # fields of the recipe to change
 ) -> dict:  # the run's record
     "Train and evaluate one run. Raises ValueError where the recipe, the checkpoint and the data do not fit."
     if overrides:
         recipe = resolve(recipe.dataset, recipe.setting, **{**asdict(recipe), **overrides})
-    if recipe.setting == "transductive" and init is None:
-        raise ValueError("transductive training starts from an inductive run: give init, its folder's half.safetensors")
     started, out = datetime.now(timezone.utc), Path(out)
+    if recipe.setting == "transductive" and init is None:
+        init = inductive_checkpoint(recipe, out.parent)
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=recipe.precision)
     set_seed(recipe.seed)
