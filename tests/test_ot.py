@@ -1,6 +1,5 @@
 """The plan: its marginals, its limits, its symmetries, its exact gradient, and what it refuses."""
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
+from helpers import close
 from otseg.ot import sinkhorn
 
 golden = Path(__file__).parent / "golden"
@@ -31,10 +31,6 @@ def marginal(kind, *shape):
 def cost(kind, *shape):
     C = 2 * rand(*shape, seed=3)
     return {"random": C, "flat": C.new_full(shape, 0.7), "sharp": C.round(), "one-hot": (C == C.amin(-1, keepdim=True)).float() * -2 + 2}[kind]
-
-
-def close(a, b, tol):
-    assert a.shape == b.shape and (a - b).abs().max() <= tol * b.abs().max(), f"{(a - b).abs().max() / b.abs().max():.1e} > {tol}"
 
 
 def load(case):

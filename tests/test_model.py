@@ -1,0 +1,197 @@
+"""The assembled model: what learns, what it takes, what it keeps, and the baseline without training."""
+import copy
+
+import pytest
+import torch
+
+from helpers import D, K, N, PATCH, SIDE, close, random_image, random_text, small_model
+from otseg.mps import score_map
+from otseg.mpsa import ATTENTIONS
+from otseg.model import DenseCLIP, OTSeg, RelationshipDescriptor
+
+attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+identity = pytest.mark.parametrize("identity", [False, True])
+
+
+# the descriptor
+
+
+def test_descriptor_is_the_definition():
+    "q = Linear([cls * text ; text]), in this order."
+    torch.manual_seed(0)
+    descriptor, cls, text = RelationshipDescriptor(D), torch.randn(2, D), random_text()
+    pair = torch.cat([cls[:, None, None] * text, text.expand(2, K, N, D)], -1)
+    close(descriptor(cls, text), descriptor.proj(pair))
+
+
+def test_descriptor_can_start_from_the_text():
+    text = random_text()
+    assert torch.equal(RelationshipDescriptor(D, identity=True)(torch.randn(2, D), text), text.expand(2, K, N, D))
+
+
+# the model
+
+
+@attentions
+@pytest.mark.parametrize("depth", [1, 3])
+def test_trainable_parameters_and_no_other_learn(attention, depth):
+    model = small_model(attention=attention, depth=depth).train()
+    masks = model(random_image())
+    (masks.mps.square().sum() + masks.mpsa.square().sum()).backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not name.startswith("encoder.visual."))
+        if p.requires_grad:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None, name
+    assert model.text.grad is None
+
+
+def test_parts_of_the_loss_reach_what_they_should():
+    "The path without weights of its own trains encoder and descriptor; the decoder's path trains everything."
+    model = small_model()
+    model(random_image()).mps.square().sum().backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if name.startswith("decoder.")}
+
+
+@torch.no_grad()
+def test_paths_share_features_and_queries():
+    model, image = small_model(), random_image()
+    f = model.encoder(image)
+    q = model.descriptor(f.cls, model.text)
+    masks = model(image)
+    assert masks.mps.shape == masks.mpsa.shape == (2, K, *f.grid)
+    assert torch.equal(masks.mps.flatten(2), score_map(f.patches, q)) and torch.equal(masks.mpsa.flatten(2), model.decoder(q, f.patches))
+
+
+@torch.no_grad()
+def test_start_from_clip_s_cosines():
+    "Before training, the path without weights scores CLIP's class embeddings."
+    model, image = small_model(identity=True), random_image()
+    patches = model.encoder(image).patches
+    close(model(image).mps.flatten(2), score_map(patches, model.text.expand(2, K, N, D)))
+
+
+@torch.no_grad()
+def test_eps_reaches_both_paths():
+    image = random_image()
+    a, b = small_model()(image), small_model(eps=1.0)(image)
+    assert not torch.allclose(a.mps, b.mps) and not torch.allclose(a.mpsa, b.mpsa)
+
+
+@pytest.mark.parametrize("h, w", [(SIDE, SIDE), (2 * SIDE, SIDE), (PATCH, 3 * PATCH), (5 * PATCH, 3 * PATCH)])
+@torch.no_grad()
+def test_any_grid_of_patches(h, w):
+    masks = small_model()(random_image(1, h, w))
+    assert masks.mps.shape == masks.mpsa.shape == (1, K, h // PATCH, w // PATCH) and masks.mpsa.isfinite().all()
+
+
+def test_images_are_whole_patches():
+    with pytest.raises(ValueError, match="33 x 32 pixels"):
+        small_model()(random_image(1, 33, 32))
+
+
+# the classes
+
+
+@pytest.mark.parametrize("k, n", [(1, N), (9, N), (K, 1), (2, 7)])
+@torch.no_grad()
+def test_other_classes_at_each_call(k, n):
+    model, image, text = small_model(), random_image(), random_text(k, n, seed=1)
+    masks = model(image, text)
+    assert masks.mps.shape == masks.mpsa.shape == (2, k, SIDE // PATCH, SIDE // PATCH)
+    assert all(torch.equal(a, b) for a, b in zip(masks, small_model(text=text)(image)))
+
+
+@torch.no_grad()
+def test_a_class_does_not_see_the_others():
+    model, image = small_model(), random_image()
+    some = [3, 0]
+    for a, b in zip(model(image, model.text[some]), model(image)):
+        close(a, b[:, some])
+
+
+@pytest.mark.parametrize("kind", [OTSeg, DenseCLIP])
+@pytest.mark.parametrize("shape", [(K, D), (K, N, D + 1), (2, K, N, D)])
+def test_text_that_does_not_fit(kind, shape):
+    text, says = torch.zeros(shape), rf"text has shape \({', '.join(map(str, shape))}\) but this model needs \(k, n, {D}\)"
+    with pytest.raises(ValueError, match=says):
+        small_model(kind, text=text)
+    with pytest.raises(ValueError, match=says):
+        small_model(kind)(random_image(), text)
+
+
+def test_arguments_are_left_alone():
+    text, image, other = random_text(), random_image(), random_text(2)
+    before = [t.clone() for t in (text, image, other)]
+    model = small_model(text=text)
+    model.train()(image, other)
+    model.text.zero_()
+    assert all(torch.equal(a, b) for a, b in zip((text, image, other), before))
+
+
+# modes and copies
+
+
+@attentions
+def test_training_mode_changes_dropout_alone(attention):
+    image = random_image()
+    model = small_model(attention=attention)
+    calm, calm_again = model(image), model(image)
+    assert torch.equal(calm.mpsa, calm_again.mpsa) and torch.equal(calm.mps, calm_again.mps)
+    model.train()
+    assert not torch.equal(model(image).mps, calm.mps) and not torch.equal(model(image).mpsa, calm.mpsa)
+    still = small_model(attention=attention, dropout=0.0)
+    for a, b in zip(still(image), still.train()(image)):
+        assert torch.equal(a, b)
+
+
+@identity
+@attentions
+def test_copies_and_files_of_weights(attention, identity):
+    image, model = random_image(), small_model(attention=attention, identity=identity)
+    with torch.no_grad():
+        for p in model.trainable_state().values():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    want = model(image).mpsa
+    other = small_model(attention=attention, identity=identity, text=random_text(seed=3))
+    assert not torch.allclose(other(image).mpsa, want)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(image).mpsa, want) and torch.equal(copy.deepcopy(model)(image).mpsa, want)
+
+
+def test_trainable_state():
+    "Names and values of exactly the parameters that learn; views of them, outside the graph."
+    model = small_model()
+    state = model.trainable_state()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert state.keys() == parameters.keys() and all(s.data_ptr() == parameters[n].data_ptr() and not s.requires_grad for n, s in state.items())
+    assert {name.split(".")[0] for name in state} == {"encoder", "descriptor", "decoder"} and not any("visual" in name for name in state)
+
+
+def test_autocast():
+    "Close to full precision; gradients in the weights' dtype."
+    model, image = small_model(), random_image()
+    with torch.autocast("cpu", torch.bfloat16):
+        masks = model(image)
+    sum(m.float().square().sum() for m in masks).backward()
+    for a, b in zip(masks, model(image)):
+        close(a.float(), b, 0.1)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# the baseline
+
+
+@torch.no_grad()
+def test_dense_clip():
+    "Cosine with the mean class embedding, twice; nothing of it learns."
+    clip, image = small_model(DenseCLIP), random_image()
+    masks, f = clip(image), clip.encoder(image)
+    mean = torch.stack([sum(prompts) for prompts in clip.text])
+    want = torch.cosine_similarity(f.patches[:, None], mean[None, :, None], dim=-1)  # (b, k, m)
+    close(masks.mps.flatten(2), want)
+    assert torch.equal(masks.mps, masks.mpsa) and not any(p.requires_grad for p in clip.parameters())
+    some = random_text(2, 7, seed=1)
+    assert torch.equal(clip(image, some).mps, small_model(DenseCLIP, text=some)(image).mps)
