@@ -1,0 +1,217 @@
+"""Focal and dice loss by class chunks: the same as without chunks, in value and gradient, and small in memory."""
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from helpers import close
+from otseg.losses import IGNORE, bilinear, mask_loss, num_masks, training_loss
+from otseg.model import Masks
+
+
+def plain_loss(logits, label):
+    "The definition with all masks at full size and autograd."
+    k = logits.shape[1]
+    z = F.interpolate(logits, size=label.shape[-2:], mode="bilinear", align_corners=False)
+    target = F.one_hot(torch.where(label == IGNORE, k, label), k + 1)[..., :k].movedim(-1, 1).to(z)
+    p, present = z.sigmoid(), target.flatten(2).any(-1)
+    cross_entropy = F.binary_cross_entropy_with_logits(z, target, reduction="none")
+    p_t, alpha = p * target + (1 - p) * (1 - target), 0.25 * target + 0.75 * (1 - target)
+    focal = (alpha * (1 - p_t) ** 2 * cross_entropy).mean((2, 3)).sum()
+    dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
+    return {"focal": focal / present.sum().clamp(min=1), "dice": dice[present].sum() / present.sum().clamp(min=1)}
+
+
+def inputs(kind="mixed", b=2, k=5, size=(4, 6), full=(16, 24), dtype=torch.float64, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(b, k, *size, generator=rng, dtype=torch.float64)
+    label = torch.randint(k, (b, *full), generator=rng)
+    if kind == "mixed":
+        label[torch.rand(label.shape, generator=rng) < 0.2] = IGNORE
+    elif kind == "ignored":
+        label[:] = IGNORE
+    elif kind == "one image ignored":
+        label[0] = IGNORE
+    elif kind == "one class":
+        label[:] = k // 2
+    elif kind == "absent":  # the first class everywhere, the last in one image
+        label = label.clamp(min=min(1, k - 1))
+        label[0][label[0] == k - 1] = IGNORE
+    elif kind == "corner":  # a single pixel
+        label[:], label[-1, -1, -1] = IGNORE, k - 1
+    return logits.to(dtype).requires_grad_(), label
+
+
+def compare(logits, label, tol=1e-9, **options):
+    ours, theirs = mask_loss(logits, label, **options), plain_loss(logits, label)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].shape == () and (ours[name] - theirs[name]).abs() <= tol * (1 + theirs[name].abs())
+        grads = [torch.autograd.grad(loss[name], logits, retain_graph=True)[0] for loss in (ours, theirs) if loss[name].requires_grad]
+        if grads[-1].any():
+            close(*grads, tol)
+        else:
+            assert not grads[0].any()
+
+
+# against the definition
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed", "ignored", "one image ignored", "one class", "absent", "corner"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_labels(kind, k):
+    compare(*inputs(kind, k=k))
+
+
+@pytest.mark.parametrize("size, full", [((4, 6), (4, 6)), ((4, 6), (16, 24)), ((3, 5), (21, 15)), ((4, 4), (7, 13)), ((1, 1), (5, 9)), ((2, 7), (2, 70)), ((8, 8), (5, 3)), ((1, 1), (1, 1))])
+def test_resolutions(size, full):
+    "Whole and odd factors, none, and smaller."
+    compare(*inputs(size=size, full=full))
+
+
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_chunks(chunk):
+    logits, label = inputs("absent")
+    compare(logits, label, chunk=chunk)
+
+
+@pytest.mark.parametrize("b", [1, 3])
+def test_batch(b):
+    compare(*inputs(b=b))
+
+
+def test_float32():
+    logits, label = inputs(dtype=torch.float32)
+    compare(logits, label, 1e-5)
+    exact = plain_loss(logits.double(), label)
+    for name, value in mask_loss(logits, label).items():
+        assert value.dtype == torch.float32 and abs(value - exact[name]) < 1e-5 * exact[name]
+
+
+@pytest.mark.parametrize("size, full", [((2, 3), (5, 7)), ((3, 2), (3, 2))])
+def test_gradcheck(size, full):
+    logits, label = inputs(k=3, size=size, full=full)
+    assert torch.autograd.gradcheck(lambda z: tuple(mask_loss(z, label, chunk=2).values()), logits)
+
+
+@pytest.mark.parametrize("size_in, size_out", [(4, 16), (5, 35), (3, 7), (1, 4), (6, 6), (8, 3)])
+def test_interpolation_matrix(size_in, size_out):
+    x = torch.randn(2, 3, size_in, dtype=torch.float64)
+    close(x @ bilinear(size_in, size_out, x).T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
+
+
+# what follows from the definition
+
+
+def test_ignored_pixels_are_negatives():
+    "Raising a class where the label is ignored costs focal loss."
+    logits, label = inputs("ignored")
+    grad = torch.autograd.grad(mask_loss(logits, label)["focal"], logits)[0]
+    assert (grad > 0).all() and mask_loss(logits, label)["dice"] == 0
+
+
+def test_classes_and_images_may_change_places():
+    logits, label = inputs("mixed")
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = torch.where(label == IGNORE, IGNORE, order.argsort()[label.clamp(max=4)])
+    for name, value in mask_loss(logits, label).items():
+        close(mask_loss(logits[:, order], moved)[name], value, 1e-12)
+        close(mask_loss(logits.flip(0), label.flip(0))[name], value, 1e-12)
+
+
+def test_a_perfect_mask_costs_nothing_and_its_opposite_most():
+    label = torch.arange(4).repeat_interleave(4).reshape(1, 4, 4)
+    good = 20.0 * (2 * F.one_hot(label, 4).movedim(-1, 1) - 1)
+    best, worst = mask_loss(good, label), mask_loss(-good, label)
+    assert all(value < 1e-6 for value in best.values())
+    assert worst["dice"] > 0.7 and worst["focal"] > 10
+
+
+@pytest.mark.parametrize("z", [1e4, -1e4])
+def test_large_logits(z):
+    logits, label = inputs(dtype=torch.float32)
+    logits = torch.full_like(logits, z).requires_grad_()
+    loss = mask_loss(logits, label)
+    sum(loss.values()).backward()
+    assert all(v.isfinite() for v in loss.values()) and logits.grad.isfinite().all()
+
+
+def test_number_of_masks():
+    present = torch.tensor([[True, False, True], [False, False, True]])
+    assert num_masks(present) == 3 and num_masks(torch.zeros(2, 3, dtype=torch.bool)) == 1
+    logits, label = inputs("corner")
+    alone = mask_loss(logits[1:], label[1:])["focal"] + mask_loss(logits[:1], label[:1])["focal"]
+    close(mask_loss(logits, label)["focal"], alone)  # one mask in two images
+
+
+def test_number_of_masks_is_averaged_over_processes(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda N: N.add_(1))  # the other process has one
+    assert num_masks(torch.ones(2, 2, dtype=torch.bool)) == 2.5 and num_masks(torch.zeros(2, 2, dtype=torch.bool)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    logits, label = inputs(dtype=dtype)
+    wide = logits.detach().float().requires_grad_()
+    ours, theirs = mask_loss(logits, label), mask_loss(wide, label)
+    for name in ours:
+        assert ours[name].dtype == torch.float32 and torch.equal(ours[name], theirs[name])
+    sum(ours.values()).backward(), sum(theirs.values()).backward()
+    assert logits.grad.dtype == dtype and torch.equal(logits.grad, wide.grad.to(dtype))
+
+
+def test_autocast_changes_nothing():
+    logits, label = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = mask_loss(logits, label)
+    assert all(torch.equal(v, cast[name]) and cast[name].dtype == torch.float32 for name, v in mask_loss(logits, label).items())
+
+
+def test_nothing_of_full_size_is_kept():
+    "What the backward pass waits with does not grow with the label's resolution."
+    def kept(side):
+        logits, label = inputs(k=7, size=(4, 4), full=(side, side))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            loss = mask_loss(logits, label)
+        assert all(v.requires_grad for v in loss.values())
+        return sum(sizes)
+
+    assert kept(256) == kept(16) <= 3 * 2 * 7 * 4 * 4
+
+
+def test_arguments_are_left_alone():
+    logits, label = inputs()
+    before = logits.detach().clone(), label.clone()
+    sum(mask_loss(logits, label).values()).backward()
+    assert torch.equal(logits, before[0]) and torch.equal(label, before[1])
+
+
+def test_weighted_terms_of_both_paths():
+    (mps, label), (mpsa, _) = inputs(), inputs(seed=1)
+    terms = training_loss(Masks(mps, mpsa), label, focal=3.0, dice=0.5)
+    want = {f"{path}_{name}": {"focal": 3.0, "dice": 0.5}[name] * value for path, z in (("mps", mps), ("mpsa", mpsa)) for name, value in mask_loss(z, label).items()}
+    assert terms == want
+    assert training_loss(Masks(mps, mpsa), label)["mps_focal"] == 100 * mask_loss(mps, label)["focal"]
+
+
+# labels that do not fit
+
+
+@pytest.mark.parametrize("label, says", [
+    (torch.full((2, 8, 8), 5), "label holds class 5 but there are logits for 5 classes"),
+    (torch.full((2, 8, 8), 254), "label holds class 254 but there are logits for 5 classes"),
+    (torch.full((2, 8, 8), 300), "label holds class 300"),
+    (torch.arange(-1, 7).clamp(max=4).expand(2, 8, 8), "label holds class -1"),
+    (torch.zeros(3, 8, 8, dtype=torch.long), r"label has shape \(3, 8, 8\) but logits \(2, 5, 4, 6\)"),
+    (torch.zeros(2, 1, 8, 8, dtype=torch.long), r"label has shape \(2, 1, 8, 8\)"),
+    (torch.zeros(8, 8, dtype=torch.long), r"label has shape \(8, 8\)"),
+    (torch.zeros(2, 8, 8), "int64"),
+    (torch.zeros(2, 8, 8, dtype=torch.uint8), "int64"),
+])
+def test_what_is_refused(label, says):
+    logits, _ = inputs()
+    with pytest.raises(ValueError, match=says):
+        mask_loss(logits, label)
