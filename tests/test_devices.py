@@ -1,0 +1,101 @@
+"""Every device computes what the CPU does, and nothing falls back to it."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import K, N, close, random_image, random_text, small_model
+from otseg.data import UNLABELLED, normalize
+from otseg.inference import evaluate, predict_paths, predict_probs
+from otseg.losses import IGNORE, training_loss
+from otseg.model import DenseCLIP, OTSeg
+from otseg.mpsa import ATTENTIONS
+from otseg.ot import sinkhorn
+from otseg.training import pseudo_label
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def labels(b=2, side=32):
+    label = torch.randint(K, (b, side, side), generator=torch.Generator().manual_seed(0))
+    label[:, :4] = IGNORE
+    return label
+
+
+def step(device, attention):
+    "Masks, loss terms and gradients of a training step without dropout, on the CPU for comparison."
+    model = small_model(attention=attention, dropout=0.0).to(device).train()
+    masks = model(random_image().to(device))
+    terms = training_loss(masks, labels().to(device))
+    sum(terms.values()).backward()
+    out = dict(zip(masks._fields, masks)) | terms | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(t.device.type == device for t in out.values())
+    return {name: t.detach().cpu() for name, t in out.items()}
+
+
+@devices
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_training_step(device, attention):
+    ours, want = step(device, attention), step("cpu", attention)
+    for name in want:
+        close(ours[name], want[name], 1e-3)
+
+
+@devices
+@pytest.mark.parametrize("eps", [1e-3, 0.05, 1])
+def test_plan(device, eps):
+    C = 2 * torch.rand(3, 60, 6, generator=torch.Generator().manual_seed(0))
+    T = sinkhorn(C.to(device), eps=eps)
+    assert T.device.type == device
+    close(T.cpu(), sinkhorn(C, eps=eps), 1e-4)
+
+
+@devices
+def test_prediction(device):
+    model, image, text = small_model().to(device), random_image(1, 40, 48).to(device), random_text(7, N).to(device)
+    prob = predict_probs(model, image, seen=(0, 2), size=(50, 60))
+    assert prob.device.type == device and prob.shape == (1, K, 50, 60)
+    close(prob.cpu(), predict_probs(small_model(), image.cpu(), seen=(0, 2), size=(50, 60)), 1e-4)
+    assert all(pred.device.type == device for pred in predict_paths(model, image).values())
+    assert model(image, text).mps.device.type == device and model.trainable_state()["descriptor.proj.weight"].device.type == device
+
+
+@devices
+def test_evaluation(device):
+    "Images and labels come from the CPU."
+    data = [{"image": torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(1)), "label": labels(1, 40)[0]}]
+    for kind in (OTSeg, DenseCLIP):
+        ours, want = (evaluate(small_model(kind).to(d), data, (0, 2), (1, 3, 4), progress=False) for d in (device, "cpu"))
+        assert abs(ours["ensemble"]["pacc"] - want["ensemble"]["pacc"]) < 0.01
+
+
+@devices
+def test_labels_and_images(device):
+    label = labels().masked_fill(labels() == 1, UNLABELLED).to(device)
+    filled = pseudo_label(small_model().to(device)(random_image().to(device)), label, (1, 4))
+    assert filled.device.type == device and not (filled == UNLABELLED).any()
+    assert normalize(torch.rand(3, 4, 4, device=device)).device.type == device
+
+
+class NoTensorOf(TorchDispatchMode):
+    "Fails where an operation makes a tensor on a device."
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(t, torch.Tensor) or t.device.type != self.device, f"{func} makes a tensor on {self.device}"
+        return out
+
+
+def test_no_tensor_of_another_device():
+    "The meta device stands for any but the CPU, on which nothing is made. (The transport reads values, so not for it.)"
+    model, image = small_model(attention="softmax").to("meta"), random_image(2, 40, 48).to("meta")
+    with NoTensorOf("cpu"):
+        f = model.encoder(image)
+        masks = model.decoder(model.descriptor(f.cls, model.text), f.patches)
+        masks.sum().backward()
+    assert masks.device.type == "meta" and masks.shape == (2, K, 30)
