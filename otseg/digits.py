@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DIGITS', 'TEXTURES', 'CLASSES', 'SPLITS', 'MEAN', 'STD', 'SIDE', 'WINDOW', 'Scenes', 'ARCH', 'ASSETS',
            'split_classes', 'load_digits', 'load_textures', 'draw_scenes', 'Digits', 'crop', 'windows', 'caption_truth',
-           'captions', 'contrastive_loss', 'new_clip', 'save_clip', 'digits_clip', 'normalize', 'zero_shot',
-           'dense_scores']
+           'captions', 'contrastive_loss', 'sign_loss', 'new_clip', 'save_clip', 'digits_clip', 'normalize',
+           'zero_shot', 'dense_scores']
 
 # %% ../nbs/07_digits.ipynb #b6a1cfad
 from collections import namedtuple
@@ -227,6 +227,19 @@ def contrastive_loss(
     count = positive.sum(0)
     rows, columns = (F.softplus(negative.logsumexp(dim, keepdim=True) - z) for dim in (1, 0))
     return ((rows + columns)/2 * positive / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+
+# %% ../nbs/07_digits.ipynb #c9401a73
+def sign_loss(
+    z,       # (b, k, n) cosines of picture and caption, times a scale
+    truth,   # (b, k, n) from `caption_truth`
+    own=0.2, # weight of a false caption whose class is nevertheless there
+): # scalar
+    "Binary cross-entropy of each caption that is true of some picture of the batch, true and false pictures weighing the same."
+    there = (truth == 1).any(-1, keepdim=True)
+    true, false = (truth == 1).float(), (truth == 0) * torch.where(there, own, 1.)
+    mean = lambda loss, weight: (loss*weight).sum(0) / weight.sum(0).clamp(min=1e-6)  # (k, n)
+    used = true.sum(0) > 0
+    return (mean(F.softplus(-z), true) + mean(F.softplus(z), false))[used].sum() / used.sum().clamp(min=1)
 
 # %% ../nbs/07_digits.ipynb #65d737a2
 ARCH, ASSETS = 'digits_clip', files('otseg')/'assets'
