@@ -49,13 +49,13 @@ class Recipe:
     val_every: int = 2000  # iterations between validations
     val_images: int = 200  # images of the validation set that they look at; the last one looks at all
 
-# %% ../nbs/09_recipes.ipynb #81cb5c9b
+# %% ../nbs/09_recipes.ipynb #a620c88a
 DATASET_RECIPES = {
-    "digits": dict(templates=6, max_iters=500, batch=32, lr=1e-3, warmup=50, image_size=48, stride=24, val_every=125, val_images=40),
+    "digits": dict(templates=6, identity=True, max_iters=300, lr=3e-4, warmup=30, image_size=48, stride=24, val_every=75, val_images=40),
 }
 SETTING_RECIPES = {
     ("digits", "inductive"): dict(),
-    ("digits", "transductive"): dict(max_iters=250, lr=5e-4),
+    ("digits", "transductive"): dict(max_iters=150),
     ("digits", "fully_supervised"): dict(),
 }
 RECIPES = {key: Recipe(*key, **(DATASET_RECIPES[key[0]] | changes)) for key, changes in SETTING_RECIPES.items()}
