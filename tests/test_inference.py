@@ -64,9 +64,11 @@ def test_model_s_own_window():
 
 
 def test_batches_of_windows_change_nothing():
-    model, image = small_model(), random_image(2, 64, 48)
+    model, image, sizes = small_model(), random_image(2, 64, 48), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     with torch.no_grad():
-        many, single = (window_masks(model, image, SIDE, 16, batch=batch) for batch in (16, 1))
+        many, single = (window_masks(model, image, SIDE, 16, batch=batch) for batch in (8, 1))
+    assert sizes == [8, 4] + 12 * [1]
     assert many[0] == single[0] == [(y, x) for y in (0, 16, 32) for x in (0, 16)]
     for a, b in zip(many[1], single[1]):
         assert a.shape == (6, 2, K, SIDE // PATCH, SIDE // PATCH)

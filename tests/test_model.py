@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers import D, K, N, PATCH, SIDE, close, random_image, random_text, small_model
 from otseg.mps import score_map
@@ -192,6 +193,7 @@ def test_dense_clip():
     mean = torch.stack([sum(prompts) for prompts in clip.text])
     want = torch.cosine_similarity(f.patches[:, None], mean[None, :, None], dim=-1)  # (b, k, m)
     close(masks.mps.flatten(2), want)
+    close(f.cls, F.normalize(clip.encoder.visual(image), dim=-1))  # CLIP's own output
     assert torch.equal(masks.mps, masks.mpsa) and not any(p.requires_grad for p in clip.parameters())
     some = random_text(2, 7, seed=1)
     assert torch.equal(clip(image, some).mps, small_model(DenseCLIP, text=some)(image).mps)

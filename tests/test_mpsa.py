@@ -147,6 +147,13 @@ def test_dropout_only_while_training(attention):
     assert torch.equal(still(q, x), still.train()(q, x))
 
 
+@pytest.mark.parametrize("kind", [MPSA, SoftmaxAttention])
+def test_dropout_is_on_what_gathers_and_not_on_the_score(kind):
+    layer, (q, x) = make(kind, dropout=0.5), inputs()
+    (calm, score), (stirred, same) = layer(q, x), layer.train()(q, x)
+    assert not torch.allclose(stirred, calm) and torch.equal(same, score)
+
+
 def test_unknown_attention():
     with pytest.raises(ValueError, match="attention = 'flash' is not one of mpsa, uniform, softmax"):
         Decoder(d, attention="flash")

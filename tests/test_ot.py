@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -93,6 +94,18 @@ def test_marginals(eps, C, masses):
     T = sinkhorn(cost(C, 3, 60, 6), mu, nu, eps)
     assert (T >= 0).all()
     assert (T.sum(-1) - mu).abs().max() < 1e-6 and (T.sum(-2) - nu).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap, noise", [(1, 0), (1.5, 0.1), (1.5, 0.3)])
+@pytest.mark.parametrize("n", [4, 6, 8])
+def test_groups_that_hardly_exchange_anything(n, gap, noise, dtype):
+    "Each pixel far nearer to one prompt: where some prompts' own pixels just fill them, the dual problem is all but singular."
+    own = torch.randint(n, (200, 96), generator=torch.Generator().manual_seed(n))
+    C = (gap * (1 - F.one_hot(own, n)) + noise * rand(200, 96, n)).to(dtype).requires_grad_()
+    T = sinkhorn(C, eps=0.05)
+    T.square().sum().backward()
+    assert (T.sum(-1) - 1 / 96).abs().max() < 1e-6 and (T.sum(-2) - 1 / n).abs().max() < 1e-6 and C.grad.isfinite().all()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
