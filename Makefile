@@ -1,8 +1,10 @@
 # make demo   train and evaluate OTSeg on the embedded benchmark     make test     all tests and all notebooks
 # make readme README.md from nbs/index.ipynb                         make export   otseg/*.py from nbs/*.ipynb
 # Each makes its environment first. PYTHON picks the interpreter (3.10 or newer), VENV where the environment lives.
+# THREADS is for the demo, whose model is so small that a second thread costs more than it brings.
 PYTHON ?= python3
 VENV ?= .venv
+THREADS ?= 1
 bin := $(VENV)/bin
 installed := $(VENV)/installed
 
@@ -10,7 +12,7 @@ installed := $(VENV)/installed
 
 demo: $(installed)
 	mkdir -p runs
-	$(bin)/papermill nbs/train.ipynb runs/digits.ipynb -p dataset digits -p setting all
+	OMP_NUM_THREADS=$(THREADS) $(bin)/papermill nbs/train.ipynb runs/digits.ipynb -p dataset digits -p setting all
 	@echo; cat runs/digits/table.md
 	@echo; echo "Executed notebook: runs/digits.ipynb"; echo "Pictures:"; ls runs/digits/*.png
 

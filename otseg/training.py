@@ -7,7 +7,7 @@ __all__ = ['lr_at', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_
            'read_checkpoint', 'load_weights', 'load', 'plain', 'make_record', 'project_root', 'newest_checkpoint',
            'write_log', 'validate', 'inductive_checkpoint', 'fit', 'finish_run']
 
-# %% ../nbs/10_training.ipynb #56eb9e2d
+# %% ../nbs/10_training.ipynb #738a0478
 import json
 import math
 import platform
@@ -33,7 +33,7 @@ from .data import UNLABELLED, Benchmark, Crops, EndlessBatches, label_table, loa
 from .inference import evaluate
 from .losses import IGNORE, training_loss
 from .model import DenseCLIP, Masks, OTSeg
-from .recipes import Recipe, resolve, run_name
+from .recipes import Recipe, change, resolve, run_name
 
 # %% ../nbs/10_training.ipynb #35066c02
 def lr_at(
@@ -201,7 +201,7 @@ def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
         raise FileNotFoundError(f"transductive training starts from an inductive run, but there is no {path}: run the setting 'inductive' first, or give init")
     return path
 
-# %% ../nbs/10_training.ipynb #17d881c5
+# %% ../nbs/10_training.ipynb #340a4487
 def fit(
     recipe: Recipe,  # from `resolve`
     out: str | Path,  # folder for checkpoints, log.csv and record.json; made if it does not exist
@@ -210,8 +210,7 @@ def fit(
     **overrides,  # fields of the recipe to change
 ) -> dict:  # the run's record
     "Train and evaluate one run. Raises ValueError where the recipe, the checkpoint and the data do not fit."
-    if overrides:
-        recipe = resolve(recipe.dataset, recipe.setting, **{**asdict(recipe), **overrides})
+    recipe = change(recipe, **overrides)
     started, out = datetime.now(timezone.utc), Path(out)
     if recipe.setting == "transductive" and init is None:
         init = inductive_checkpoint(recipe, out.parent)
