@@ -67,7 +67,7 @@ def blend(
         count[y : y + h, x : x + w] += 1
     return total / count
 
-# %% ../nbs/11_inference.ipynb #b6977e9d
+# %% ../nbs/11_inference.ipynb #b00658b3
 @torch.no_grad()
 def predict_probs(
     model: nn.Module,  # OTSeg in eval mode
@@ -80,8 +80,8 @@ def predict_probs(
     size: tuple[int, int] | None = None,  # resize the result to (H, W), the image's original size, say
 ) -> Tensor:  # (b, k, H, W); with calibration, seen classes range from -calibration
     "Probability of each class at each pixel (Section 3.4 of the paper), by sliding window."
-    window = window or model.image_size
-    corners, masks = window_masks(model, image, window, stride or round(window * 5 / 6))
+    window = model.image_size if window is None else window
+    corners, masks = window_masks(model, image, window, round(window * 5 / 6) if stride is None else stride)
     prob = blend(corners, masks, image.shape[-2:], model.encoder.visual.patch_size, weight)
     return finish(prob, seen, calibration, size)
 
@@ -91,7 +91,7 @@ def finish(prob: Tensor, seen, calibration: float, size) -> Tensor:
         prob[:, list(seen)] -= calibration
     return prob if size is None else F.interpolate(prob, size=size, mode="bilinear", align_corners=False)
 
-# %% ../nbs/11_inference.ipynb #4de89f63
+# %% ../nbs/11_inference.ipynb #887de5dd
 WEIGHTS = {"mps": 0.0, "mpsa": 1.0, "ensemble": 0.5}  # path -> lambda
 
 @torch.no_grad()
@@ -106,12 +106,15 @@ def predict_paths(
     size: tuple[int, int] | None = None,  # of the label maps; the image's by default
 ) -> dict[str, Tensor]:  # path -> label map (b, H, W)
     "Predicted class of each pixel by each path."
-    window = window or model.image_size
-    corners, masks = window_masks(model, image, window, stride or round(window * 5 / 6))
+    window = model.image_size if window is None else window
+    corners, masks = window_masks(model, image, window, round(window * 5 / 6) if stride is None else stride)
+    if wrong := [path for path in paths if path not in WEIGHTS]:
+        raise ValueError(f"path {wrong[0]!r} is not one of {', '.join(WEIGHTS)}")
+    seen = None if seen is None else list(seen)
     blends = ((path, blend(corners, masks, image.shape[-2:], model.encoder.visual.patch_size, WEIGHTS[path])) for path in paths)
     return {path: finish(prob, seen, calibration, size).argmax(1) for path, prob in blends}
 
-# %% ../nbs/11_inference.ipynb #2f10d73b
+# %% ../nbs/11_inference.ipynb #935d0c1d
 def evaluate(
     model: nn.Module,  # OTSeg or DenseCLIP
     data,  # items {'image': (3, H, W) in [0, 1], 'label': (H, W)}
@@ -123,13 +126,16 @@ def evaluate(
     progress: bool = True,  # show a bar
 ) -> dict[str, dict]:  # path -> pacc, miou_seen, miou_unseen, hiou, iou (k,); fractions
     "Metrics of each path over a dataset, from one confusion matrix each."
+    seen, unseen = list(seen), list(unseen)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     k = len(model.text)
     total = {path: torch.zeros(k, k, dtype=torch.long) for path in paths}
-    for i in tqdm(range(len(data)), desc="evaluate", leave=False, disable=not progress):
-        image, label = normalize(data[i]["image"].to(device))[None], data[i]["label"]
-        for path, pred in predict_paths(model, image, paths, seen, calibration, stride=stride, size=label.shape).items():
-            total[path] += confusion(pred[0].cpu(), label, k)
-    model.train(was_training)
+    try:
+        for i in tqdm(range(len(data)), desc="evaluate", leave=False, disable=not progress):
+            image, label = normalize(data[i]["image"].to(device))[None], data[i]["label"]
+            for path, pred in predict_paths(model, image, paths, seen, calibration, stride=stride, size=label.shape).items():
+                total[path] += confusion(pred[0].cpu(), label, k)
+    finally:
+        model.train(was_training)
     return {path: zs3_metrics(c, seen, unseen) for path, c in total.items()}

@@ -95,7 +95,7 @@ def num_masks(present: Tensor) -> Tensor:
         N = N / dist.get_world_size()
     return N.clamp_min(1)
 
-# %% ../nbs/05_losses.ipynb #cfc47db1
+# %% ../nbs/05_losses.ipynb #ca10ce23
 def mask_loss(
     logits: Tensor,  # mask logits (b, k, h, w), at token or any other resolution
     label: Tensor,  # class of each pixel (b, H, W), int64; 255: ignore, a negative for every class
@@ -105,9 +105,11 @@ def mask_loss(
     b, k = logits.shape[:2]
     if label.dim() != 3 or len(label) != b:
         raise ValueError(f"label has shape {tuple(label.shape)} but logits {tuple(logits.shape)}: labels are (b, H, W) with the same b")
+    if label.dtype != torch.int64:
+        raise ValueError(f"label is {label.dtype} but class indices are needed as torch.int64: label.long()")
     known = label != IGNORE
-    if label.device.type == "cpu" and ((label >= k) & known | (label < 0)).any():
-        raise ValueError(f"label holds class {label[known].max().item()} but there are logits for {k} classes: check the dataset's label offset")
+    if label.device.type == "cpu" and (wrong := label[(label >= k) & known | (label < 0)]).numel():
+        raise ValueError(f"label holds class {wrong[0].item()} but there are logits for {k} classes: check the dataset's label offset")
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         present = torch.zeros(b, k + 1, dtype=torch.bool, device=label.device)

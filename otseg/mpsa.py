@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
         out = self.linear2(self.dropout(self.linear1(q).relu()))
         return self.norm2(q + self.dropout(out)), score
 
-# %% ../nbs/02_mpsa.ipynb #d9a2c613
+# %% ../nbs/02_mpsa.ipynb #71d1053d
 class Decoder(nn.Module):
     "Class queries refined layer by layer, and the mask logits from all the layers' scores."
 
@@ -159,6 +159,8 @@ class Decoder(nn.Module):
         super().__init__()
         if attention not in ATTENTIONS:
             raise ValueError(f"attention = {attention!r} is not one of {', '.join(ATTENTIONS)}")
+        if depth < 1:
+            raise ValueError(f"depth = {depth}: a decoder has at least the last layer's score")
         layer, last = ATTENTIONS[attention](d, eps, dropout, heads)
         self.layers = nn.ModuleList(DecoderLayer(layer(), d, dropout) for _ in range(depth - 1))
         self.score = last()

@@ -7,13 +7,14 @@ __all__ = ['lr_at', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_
            'read_checkpoint', 'load_weights', 'load', 'plain', 'make_record', 'project_root', 'newest_checkpoint',
            'write_log', 'validate', 'inductive_checkpoint', 'fit', 'finish_run']
 
-# %% ../nbs/10_training.ipynb #738a0478
+# %% ../nbs/10_training.ipynb #e4a3a2bd
 import json
 import math
 import platform
 import subprocess
 import time
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -114,7 +116,7 @@ def save_checkpoint(
     save_file(state, partial, metadata={"otseg": json.dumps(about)})
     partial.replace(path)
 
-# %% ../nbs/10_training.ipynb #902200f4
+# %% ../nbs/10_training.ipynb #63008983
 def read_checkpoint(
     path: Path,  # of the .safetensors file
 ) -> tuple[dict[str, Tensor], dict]:  # weights, header
@@ -131,7 +133,8 @@ def load_weights(model: OTSeg, path: Path, classes: tuple[str, ...] | None = Non
     "Put a checkpoint's weights into a model and return its header; `classes`, if given, must be the checkpoint's."
     state, about = read_checkpoint(path)
     if classes is not None and list(about["classes"]) != list(classes):
-        raise ValueError(f"{path} was trained for {len(about['classes'])} classes {about['classes'][:3]}... but here are {len(classes)}: {list(classes)[:3]}...")
+        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(about["classes"], classes)) if pair[0] != pair[1])
+        raise ValueError(f"{path} was trained for {len(about['classes'])} classes but here are {len(classes)}; the first that differs, number {i}, is {there!r} there and {here!r} here")
     own = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
     theirs = {name: tuple(t.shape) for name, t in state.items()}
     if own != theirs:
@@ -201,7 +204,7 @@ def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
         raise FileNotFoundError(f"transductive training starts from an inductive run, but there is no {path}: run the setting 'inductive' first, or give init")
     return path
 
-# %% ../nbs/10_training.ipynb #340a4487
+# %% ../nbs/10_training.ipynb #cf0e38f1
 def fit(
     recipe: Recipe,  # from `resolve`
     out: str | Path,  # folder for checkpoints, log.csv and record.json; made if it does not exist
@@ -215,6 +218,7 @@ def fit(
     if recipe.setting == "transductive" and init is None:
         init = inductive_checkpoint(recipe, out.parent)
     out.mkdir(parents=True, exist_ok=True)
+    AcceleratorState._reset_state()  # a run before this one may have had another precision
     accelerator = Accelerator(mixed_precision=recipe.precision)
     set_seed(recipe.seed)
 
@@ -247,7 +251,7 @@ def fit(
             log.append({"iteration": t, "lr": lr_at(t - 1, recipe), **mean})
             bar.set_postfix({name: f"{v:.2f}" for name, v in mean.items()})
             seen_losses = []
-        if accelerator.is_main_process and t == recipe.max_iters // 2:
+        if accelerator.is_main_process and t == (recipe.max_iters + 1) // 2:
             save_checkpoint(out / "half.safetensors", model, recipe, bench, t)
         if accelerator.is_main_process and (t % recipe.val_every == 0 or t == recipe.max_iters):
             save_checkpoint(out / "last.safetensors", model, recipe, bench, t)
