@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 TINY = {"max_iters": 4, "batch": 2, "warmup": 2, "val_every": 2, "val_images": 1}
 
 
-def papermill(name, out, cwd=ROOT, **parameters):
+def papermill(name, folder, /, cwd=ROOT, **parameters):
     """Run nbs/NAME.ipynb as the README says; the finished process, and the path of the executed notebook."""
-    executed = out / f"{name}.out.ipynb"
+    executed = folder / f"{name}.out.ipynb"
     args = [a for key, value in parameters.items() for a in ("-p", key, str(value))]
     done = subprocess.run([Path(sys.executable).with_name("papermill"), ROOT / f"nbs/{name}.ipynb", executed, "--no-progress-bar", *args],
                           cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
