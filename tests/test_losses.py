@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from helpers import close
-from otseg.losses import IGNORE, bilinear, mask_loss, num_masks, training_loss
+from otseg.losses import IGNORE, bilinear, mask_loss, num_masks, present_classes, training_loss
 from otseg.model import Masks
 
 
@@ -142,6 +142,25 @@ def test_number_of_masks():
     logits, label = inputs("corner")
     alone = mask_loss(logits[1:], label[1:])["focal"] + mask_loss(logits[:1], label[:1])["focal"]
     close(mask_loss(logits, label)["focal"], alone)  # one mask in two images
+
+
+def test_present_classes():
+    label = torch.tensor([[[0, 2], [IGNORE, 2]], [[IGNORE, IGNORE], [IGNORE, IGNORE]]])
+    assert present_classes(label, 4).tolist() == [[True, False, True, False], [False] * 4]
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_parts_of_a_batch_add_up(as_tensor):
+    "Divided by the masks of the whole batch, the parts have its loss and gradient."
+    logits, label = inputs("absent", b=4)
+    count = num_masks(present_classes(label, 5))
+    whole = training_loss(Masks(logits, 2 * logits), label)
+    count = count if as_tensor else count.item()
+    parts = [training_loss(Masks(z, 2 * z), t, count=count) for z, t in zip(logits.split([1, 3]), label.split([1, 3]))]
+    for name in whole:
+        close(sum(part[name] for part in parts), whole[name], 1e-9)
+    grads = [torch.autograd.grad(sum(sum(loss.values()) for loss in losses), logits)[0] for losses in (parts, [whole])]
+    close(*grads, 1e-9)
 
 
 def test_number_of_masks_is_averaged_over_processes(monkeypatch):
