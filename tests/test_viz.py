@@ -179,3 +179,26 @@ def test_published_table_keeps_sources():
 def test_markdown():
     table = pd.DataFrame({"S": [50.0, np.nan]}, index=pd.Index(["a|b", "c"], name="path"))
     assert viz.markdown(table).splitlines() == ["| path | S |", "| --- | ---: |", "| a\\|b | 50.0 |", "| c | – |"]
+
+
+def test_numbers_stand_in_their_regions_and_in_the_legend():
+    mask = torch.zeros(40, 60).long()
+    mask[5:35, 10:30], mask[:, 45:] = 2, 3
+    fig = viz.overlay(torch.rand(3, 40, 60), mask, NAMES, numbers=True)
+    assert legend_texts(fig) == ["1 road", "3 cat", "4 dog"]
+    f = fig.axes[1].images[0].get_array().shape[0] / 40
+    for text in fig.axes[1].texts:
+        x, y = text.get_position()
+        assert mask[int(y / f), int(x / f)] == int(text.get_text()) - 1
+    assert len(fig.axes[1].texts) == 3
+
+
+def test_evidence_has_two_rows_for_each_class_and_three_scales():
+    n, r = 3, 2
+    maps = [torch.rand(r, n, 6, 8), torch.rand(r, n, 6, 8), torch.rand(r, 6, 8), torch.rand(r, 6, 8)]
+    fig = viz.evidence(IMAGE, MASK, NAMES, [2, 3], *maps, ["a", "b", "c"])
+    assert len(fig.axes) == 2 * r * (n + 2) + 3
+    assert [a.get_xlabel() for a in fig.axes[-3:]] == ["score", "mass (uniform = 1)", "logit"]
+    assert np.allclose(fig.axes[n + 3].images[0].get_array(), maps[1][0, 0])
+    with pytest.raises(ValueError, match="2 classes and 1 prompt titles but plans of 2 classes and 3 prompts"):
+        viz.evidence(IMAGE, MASK, NAMES, [2, 3], *maps, ["a"])
