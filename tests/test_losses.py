@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from helpers import close
-from otseg.losses import IGNORE, bilinear, mask_loss, num_masks, present_classes, training_loss
+from otseg.losses import IGNORE, bands, bilinear, mask_loss, num_masks, present_classes, training_loss
 from otseg.model import Masks
 
 
@@ -69,8 +69,9 @@ def test_resolutions(size, full):
     compare(*inputs(size=size, full=full))
 
 
-@pytest.mark.parametrize("chunk", range(1, 9))
+@pytest.mark.parametrize("chunk", [1, 48, 50, 240, 768, 1000, 1536, 10**6])
 def test_chunks(chunk):
+    "A row, several, a class, several; the last ones smaller."
     logits, label = inputs("absent")
     compare(logits, label, chunk=chunk)
 
@@ -91,13 +92,24 @@ def test_float32():
 @pytest.mark.parametrize("size, full", [((2, 3), (5, 7)), ((3, 2), (3, 2))])
 def test_gradcheck(size, full):
     logits, label = inputs(k=3, size=size, full=full)
-    assert torch.autograd.gradcheck(lambda z: tuple(mask_loss(z, label, chunk=2).values()), logits)
+    assert torch.autograd.gradcheck(lambda z: tuple(mask_loss(z, label, chunk=20).values()), logits)
 
 
 @pytest.mark.parametrize("size_in, size_out", [(4, 16), (5, 35), (3, 7), (1, 4), (6, 6), (8, 3)])
 def test_interpolation_matrix(size_in, size_out):
     x = torch.randn(2, 3, size_in, dtype=torch.float64)
     close(x @ bilinear(size_in, size_out, x).T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
+
+
+@pytest.mark.parametrize("size_in, size_out, rows", [(32, 512, 64), (5, 35, 4), (4, 4, 3), (8, 3, 1), (1, 9, 5)])
+def test_bands_of_the_interpolation_matrix(size_in, size_out, rows):
+    "Together they are the matrix, and none has more columns than it needs."
+    up = bilinear(size_in, size_out, torch.empty(0))
+    whole = torch.zeros_like(up)
+    for pixels, tokens, U in bands(up, rows, up.device):
+        whole[pixels, tokens] = U
+        assert U.shape[1] <= len(U) * size_in // size_out + 3
+    assert torch.equal(whole, up)
 
 
 # what follows from the definition
