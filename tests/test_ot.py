@@ -254,6 +254,19 @@ def test_a_problem_does_not_see_its_batch():
         close(T, sinkhorn(C[i], eps=0.05), 1e-5)
 
 
+def test_piecewise(monkeypatch):
+    "On a CPU a large batch is taken in pieces: the plans, the gradient and the warning are those of the whole."
+    C = cost("random", 70, 400, 6)
+    whole, grad = sinkhorn(C), gradient(C, 0.05)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 10**6)
+    close(sinkhorn(C), whole, 1e-5)
+    close(gradient(C, 0.05), grad, 1e-5)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="70 of 70 plans") as caught:
+        sinkhorn(C, max_iter=1)
+    assert len(caught) == 1
+
+
 def test_arguments_are_left_alone():
     args = cost("random", 2, 20, 4), marginal("skewed", 2, 20), marginal("skewed", 2, 4)
     before = [a.clone() for a in args]
