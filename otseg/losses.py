@@ -113,7 +113,7 @@ def num_masks(present: Tensor) -> Tensor:
         N = N / dist.get_world_size()
     return N.clamp_min(1)
 
-# %% ../nbs/05_losses.ipynb #7f6109b2
+# %% ../nbs/05_losses.ipynb #d825f12c
 def mask_loss(
     logits: Tensor,  # mask logits (b, k, h, w), at token or any other resolution
     label: Tensor,  # class of each pixel (b, H, W), int64; 255: ignore, a negative for every class
@@ -131,7 +131,7 @@ def mask_loss(
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         present = present_classes(label, k)
-        chunk = chunk or (2**16 if logits.device.type == "cpu" else 2**23)
+        chunk = chunk or (2**16 * torch.get_num_threads() if logits.device.type == "cpu" else 2**23)
         focal, dice = ChunkedMaskLoss.apply(logits, label, present, chunk)
         N = num_masks(present) if count is None else count
     return {"focal": focal / N, "dice": dice / N}
