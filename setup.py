@@ -19,5 +19,6 @@ setup(
     package_data={"otseg": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "onnx": cfg["onnx_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
 )
