@@ -117,7 +117,7 @@ def test_calibration_lowers_seen_classes_alone():
     assert torch.equal(predict_probs(model, image, seen=iter(SEEN)), predict_probs(model, image, seen=torch.tensor(SEEN)))
 
 
-@pytest.mark.parametrize("size", [(40, 48), (17, 91), (1, 1)])
+@pytest.mark.parametrize("size", [(40, 48), (17, 91), (1, 1), (1300, 1500)])
 def test_size(size):
     model, image = small_model(), random_image(1, 40, 48)
     small = predict_probs(model, image, seen=SEEN)
@@ -125,7 +125,7 @@ def test_size(size):
     close(predict_probs(model, image, seen=SEEN, size=size), want)
 
 
-@pytest.mark.parametrize("options", [{}, dict(seen=SEEN, calibration=0.2), dict(window=24, stride=8), dict(size=(50, 70))], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(seen=SEEN, calibration=0.2), dict(window=24, stride=8), dict(size=(50, 70)), dict(seen=SEEN, size=(1300, 1500))], ids=str)
 def test_label_maps_are_the_arg_max_of_the_probabilities(options):
     model, image = small_model(), random_image(2, 40, 48)
     for path, pred in predict_paths(model, image, **options).items():
