@@ -1,5 +1,10 @@
+import os
+import tempfile
+
 import matplotlib
 import torch
+
+os.environ.setdefault("OTSEG_CACHE", tempfile.mkdtemp(prefix="otseg-cache-"))
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the models of the tests are small: more threads only get in each other's way

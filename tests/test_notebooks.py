@@ -35,7 +35,7 @@ def test_train_leaves_records_tables_and_pictures(trained):
     assert [r["setting"] for r in records] == ["inductive", "transductive"]
     for r in records:
         assert set(r["metrics"]) == {"mps", "mpsa", "ensemble", "dense_clip"} and r["recipe"]["max_iters"] == 4
-        assert {"half.safetensors", "last.safetensors", "log.csv", "record.json"} <= {p.name for p in (trained / "run" / r["name"]).iterdir()}
+        assert {"half.safetensors", "last.safetensors", "log.jsonl", "record.json"} <= {p.name for p in (trained / "run" / r["name"]).iterdir()}
     assert "dense_clip" in (trained / "run/table.md").read_text()
     assert {p.name for p in (trained / "run").glob("*.png")} == {f"{kind}_{r['setting']}.png" for kind in ("curves", "scenes") for r in records}
 

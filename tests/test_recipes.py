@@ -20,7 +20,8 @@ def test_recipes_can_be_run(key):
     assert (recipe.dataset, recipe.setting) == key and recipe == resolve(*key)
     assert recipe.attention in ATTENTIONS and recipe.precision in ("no", "bf16", "fp16") and 0 < recipe.templates <= len(TEMPLATES)
     assert 0 < recipe.stride <= recipe.image_size and recipe.warmup < recipe.max_iters and recipe.eps > 0
-    assert load_benchmark(recipe.dataset, recipe.split).name == recipe.dataset
+    if recipe.dataset != "folder":  # it is looked for at once
+        assert load_benchmark(recipe.dataset, recipe.split).name == recipe.dataset
     assert 0 < lr_at(0, recipe) < lr_at(recipe.max_iters - 1, recipe) < lr_at(recipe.warmup, recipe) <= recipe.lr
 
 
@@ -42,7 +43,7 @@ def test_changes():
 
 
 @pytest.mark.parametrize("args, changes, says", [
-    (("coco",), {}, "no recipe for dataset = 'coco', setting = 'inductive'; there is digits / inductive"),
+    (("cocoa",), {}, "no recipe for dataset = 'cocoa', setting = 'inductive'; there is digits / inductive"),
     (("digits", "supervised"), {}, "setting = 'supervised'.*digits / fully_supervised"),
     (("digits",), {"learning_rate": 1e-3}, "no field 'learning_rate'; it has dataset, .* lr,"),
     (("digits",), {"seed": 1.0}, "seed = 1.0 is a float but a recipe's seed is a int"),
