@@ -69,7 +69,7 @@ def blend(
         count[y : y + h, x : x + w] += 1
     return total.div_(count)
 
-# %% ../nbs/11_inference.ipynb #7d5595b7
+# %% ../nbs/11_inference.ipynb #4a496ce7
 def class_maps(
     corners: list[tuple[int, int]],  # of the windows
     masks: Masks,  # their logits (windows, b, k, h, w)
@@ -92,7 +92,7 @@ def calibrated(k: int, seen: Iterable[int] | None, calibration: float) -> Tensor
     "What the calibration takes from each class (k,)."
     lower = torch.zeros(k)
     if seen is not None:
-        lower[list(seen)] = calibration
+        lower[torch.tensor([int(i) for i in seen], dtype=torch.long)] = calibration
     return lower
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file, save_file
 
 from otseg import clip as C
-from otseg.clip import TEMPLATES, ImageEncoder, class_embeddings, load_clip, visual_tower
+from otseg.clip import TEMPLATES, ImageEncoder, class_embeddings, load_clip, run_block, visual_tower
 
 golden = Path(__file__).parent / "golden"
 tiny = dict(
@@ -404,3 +404,16 @@ def test_the_real_size_in_openai_format(tmp_path):
     with torch.no_grad():
         f = ImageEncoder(again.visual, prompts=10).eval()(torch.randn(1, 3, 512, 512))
     assert f.grid == (32, 32) and f.patches.shape == (1, 1024, 512) and f.patches.isfinite().all()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("prompts", [0, 1, 5])
+def test_a_block_without_what_becomes_of_the_prompts(quick, prompts):
+    "The class token and the patches, and the gradient in all that goes in, are those of the whole block."
+    torch.manual_seed(0)
+    block = visual_tower(64, 1, 4, 8, 32, 16, quick).double().transformer.resblocks[0]
+    x, e = (torch.randn(2, s, 64, dtype=torch.float64, requires_grad=True) for s in (10, prompts))
+    ours, theirs = run_block(block, x, e if prompts else None), block(torch.cat([x[:, :1], e, x[:, 1:]], 1))[:, [0, *range(1 + prompts, 10 + prompts)]]
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (x, e)[: 1 + bool(prompts)]) for out in (ours, theirs))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
