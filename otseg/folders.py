@@ -249,18 +249,19 @@ def describe(
         classes, unseen, palette = facts["classes"], facts["unseen"], [tuple(bytes.fromhex(c[1:])) for c in facts["palette"]]
     return classes, sorted(classes.index(name) for name in unseen), palette and tuple(palette), partial(load_files, dataset, root)
 
-# %% ../nbs/06_folders.ipynb #d0e80fdb
+# %% ../nbs/06_folders.ipynb #2c80e76a
 def check_ids(
     dataset: str,  # a key of LAYOUTS, or folder
     first: int,  # id of the first class
     counts: Tensor,  # (256,) pixels of each id in the sample
+    maps: int,  # label maps in the sample
+    least: int = 20,  # below so many, a class may well be missing by chance
 ) -> list[str]:  # problems
     "Mistakes that no single label map shows."
-    total = counts.sum().item()
-    problems = []
-    if first and not counts[0] and counts[IGNORE]:
+    total, problems, enough = counts.sum().item(), [], maps >= least
+    if first and enough and not counts[0] and counts[IGNORE]:
         problems.append(f"no pixel has the id 0, but {counts[IGNORE] / total:.0%} have 255: the labels seem to be shifted already, and would be shifted again; use those with ids 1 and up")
-    if not first and not counts[0] and counts[1:IGNORE].sum():
+    if not first and enough and not counts[0] and counts[1:IGNORE].sum():
         problems.append("no pixel has the id 0, which is the first class: do the labels count from 1?")
     if total and counts[IGNORE] + counts[:first].sum() == total:
         problems.append("no pixel of the sample has a class")
@@ -293,7 +294,7 @@ def check_part(
         else:
             counts += read_ids(data.files[i][1]).flatten().long().bincount(minlength=256)
     problems += list(faults)[:3] + [f"{len(faults) - 3} more of the {len(some)} opened pairs have such a fault"] * (len(faults) > 3)
-    return problems + check_ids(dataset, first, counts)
+    return problems + check_ids(dataset, first, counts, len(some))
 
 # %% ../nbs/06_folders.ipynb #d9aadb02
 def check(
