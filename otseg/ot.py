@@ -13,26 +13,26 @@ import warnings
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_ot.ipynb #a14ca28c
+# %% ../nbs/00_ot.ipynb #76b8ab85
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-11}  # relative to the column sums; above their rounding errors
 
-def dual_hessian(P: Tensor, M: Tensor, c: Tensor) -> Tensor:
-    "diag(c) - M P^T (..., n, n), made invertible; P, M (..., n, m) with M = mu * P, c = M's sums over the pixels."
+def dual_hessian(Q: Tensor, c: Tensor) -> Tensor:
+    "diag(c) - Q (..., n, n), made invertible; Q = P^T diag(mu) P is what the prompts share, c its row sums."
     ridge = torch.where(c > 0, c * RIDGE[c.dtype], 1)  # groups that exchange nothing, and a prompt without mass, keep their place
     gauge = c[..., None] * c[..., None, :] / c.sum(-1)[..., None, None]
-    return torch.diag_embed(c + ridge) - M @ P.mT + gauge
+    return torch.diag_embed(c + ridge) - Q + gauge
 
-# %% ../nbs/00_ot.ipynb #9b75b136
-def dual_step(P: Tensor, M: Tensor, c: Tensor, nu: Tensor) -> Tensor:
+# %% ../nbs/00_ot.ipynb #c695ccb2
+def dual_step(Q: Tensor, c: Tensor, nu: Tensor) -> Tensor:
     "Step (..., n) of the dual variables a: damped Newton, or Sinkhorn's where a prompt is starved or glutted."
     sinkhorn_step = torch.where(nu > 0, (nu / c.clamp_min(torch.finfo(c.dtype).tiny)).log(), 0)
-    newton_step = torch.linalg.solve_ex(dual_hessian(P, M, c), nu - c)[0]
+    newton_step = torch.linalg.solve_ex(dual_hessian(Q, c), nu - c)[0]
     osc = (newton_step.amax(-1) - newton_step.amin(-1)).clamp_min(1e-6)
     newton_step = newton_step * (osc.log1p() / osc)[..., None]
     far = sinkhorn_step.amax(-1, keepdim=True) > math.log(100)
     return torch.where(far, sinkhorn_step, newton_step)
 
-# %% ../nbs/00_ot.ipynb #8c071dca
+# %% ../nbs/00_ot.ipynb #ab42e8d8
 def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
     "Plans (p, n, m) for costs (p, n, m) and marginals mu (p, m), nu (p, n), and which of them converged (p,)."
     A = C.amin(1, keepdim=True) - C  # subtracting a pixel's smallest cost changes no plan and keeps digits
@@ -44,11 +44,14 @@ def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol
     for s in range(rungs, -1, -1):
         scaled, a = A / (eps * 4**s), 4 * a  # g = eps * a stays while eps falls to a quarter
         done = torch.zeros_like(nu[:, 0], dtype=torch.bool)
-        for _ in range(max_iter):
-            P = (scaled + a[..., None]).softmax(1)
-            M = P * mu[:, None]
-            c = M.sum(-1)
-            step = dual_step(P, M, c, nu)
+        for i in range(max_iter):
+            if rungs or i == 0:
+                P, start = (scaled + a[..., None]).softmax(1), a
+            e = (a - start).nan_to_num(0).exp()  # the plan's columns are those of P times e
+            W = P * (mu[:, None].sqrt() / (e[:, None] @ P))
+            Q = e[..., None] * (W @ W.mT) * e[:, None]
+            c = Q.sum(-1)
+            step = dual_step(Q, c, nu)
             exact = ((nu - c).abs() <= max(0.1 * tol, 4 * torch.finfo(c.dtype).eps) * nu).all(-1)
             a = a + torch.where((done | exact)[:, None], 0, step)
             done = done | exact | ((step.amax(-1) - step.amin(-1)) ** 2 < (tol if s == 0 else 1e-2))
@@ -57,7 +60,7 @@ def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol
     T = (scaled + a[..., None]).softmax(1) * mu[:, None]
     return T.to(C), done
 
-# %% ../nbs/00_ot.ipynb #263eb326
+# %% ../nbs/00_ot.ipynb #1601214d
 def plan_gradient(T: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients in the costs (p, n, m) and the marginals (p, m), (p, n) from the plans (p, n, m) and the gradient in them."
     dtype, T, grad = grad.dtype, T.double(), grad.double()  # prompts that hardly exchange pixels need the digits
@@ -67,7 +70,7 @@ def plan_gradient(T: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, 
     W = T * grad
     rows = W.sum(1)  # (p, m)
     rhs = W.sum(2) - (P @ rows[..., None])[..., 0]  # (p, n)
-    v = torch.linalg.solve_ex(dual_hessian(P, T, nu), rhs)[0]
+    v = torch.linalg.solve_ex(dual_hessian(P @ T.mT, nu), rhs)[0]
     u = (rows - (v[:, None] @ T)[:, 0]) * per_mass  # (p, m)
     grad_C = T * (u[:, None] + v[..., None] - grad) / eps
     return grad_C.to(dtype), u.to(dtype), v.to(dtype)
