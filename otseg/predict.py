@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'to_rgb', 'from_array', 'read_image', 'shrunk', 'word_groups', 'twice', 'check_known', 'enlarged', 'Result',
            'with_words', 'Segmenter', 'load', 'is_ours', 'load_official', 'window_maps', 'explain', 'panel',
-           'half_checkpoint']
+           'check_parameters', 'half_checkpoint']
 
 # %% ../nbs/14_predict.ipynb #1bb4508c
 import copy
@@ -437,7 +437,7 @@ def load_official(path: Path, clip_weights=None, device="cpu", cache=None, arch:
     unseen = known[dataset]["unseen"] if config["trained"] and config["trained"] < len(classes) else ()
     return Segmenter(model.to(device), recipe, clip, classes, [i for i, c in enumerate(classes) if c not in unseen], None, cache)
 
-# %% ../nbs/14_predict.ipynb #dae39106
+# %% ../nbs/14_predict.ipynb #8682a1db
 @torch.no_grad()
 def window_maps(
     model: OTSeg,
@@ -466,14 +466,14 @@ def explain(
     seg: Segmenter,
     image,  # one image, as for `seg`
     classes=None,  # as for `seg`
-    shown: Iterable[str] | None = None,  # classes to explain; None: the three that cover most of the image
+    shown: Iterable[str] | None = None,  # classes to explain; None: the two that cover most of the image
     **options,  # of `seg`: background, weight, calibration, eps
 ):  # Figure
     "Mask, score and plan of each prompt, and both paths' logits. Raises ValueError for a class that is not there."
     from otseg.viz import evidence, palette
 
     groups, r = seg.groups(classes), seg(image, classes, **options)
-    shown = [c for c in r.areas.index if c in groups and r.areas.pixels[c]][:3] if shown is None else list(shown)
+    shown = [c for c in r.areas.index if c in groups and r.areas.pixels[c]][:2] if shown is None else list(shown)
     if wrong := [c for c in shown if c not in groups]:
         raise ValueError(f"{wrong[0]!r} is not one of the classes: {', '.join(groups)}")
     where = [r.classes.index(c) for c in shown]
@@ -522,6 +522,17 @@ def panel(
         control.observe(update, "value")
     update()
     return w.VBox([*controls.values(), message, mask])
+
+# %% ../nbs/14_predict.ipynb #dc70f454
+def check_parameters(
+    namespace: dict,  # the notebook's globals()
+    before: set[str],  # names that existed before its parameters cell
+    known: str,  # its parameters, separated by spaces
+):
+    "Refuse parameters that a notebook does not have. Raises ValueError."
+    known = known.split()
+    if wrong := sorted(name for name in namespace if name not in before and name not in known and name != "before" and not name.startswith("_")):
+        raise ValueError(f"unknown parameter {', '.join(wrong)}; this notebook takes {', '.join(known)}")
 
 # %% ../nbs/14_predict.ipynb #ffdb15ca
 def half_checkpoint(
