@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_terms', 'Run', 'step', 'describe_run',
-           'save_checkpoint', 'read_checkpoint', 'load_weights', 'fill', 'load', 'own_benchmark', 'Progress',
-           'random_states', 'save_state', 'restore', 'validate', 'validate_dense', 'plain', 'make_record',
+           'save_checkpoint', 'read_checkpoint', 'load_weights', 'fill', 'load', 'check_official', 'own_benchmark',
+           'Progress', 'random_states', 'save_state', 'restore', 'validate', 'validate_dense', 'plain', 'make_record',
            'project_root', 'newest_checkpoint', 'inductive_checkpoint', 'log_losses', 'log_scores', 'validate_and_save',
            'ignore_ctrl_c', 'loop', 'wants_to_stop', 'begin', 'fit', 'finish_run', 'write_json', 'fit_on',
            'evaluate_checkpoint', 'add_recipe_options', 'main', 'show', 'evaluate_main']
 
-# %% ../nbs/10_training.ipynb #c37e93aa
+# %% ../nbs/10_training.ipynb #398cab00
 import argparse
 import json
 import math
 import os
 import platform
 import signal
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -218,7 +219,7 @@ def fill(model: OTSeg, state: dict[str, Tensor], path):
         raise ValueError(f"{path} does not fit this model: {name} is {theirs.get(name, 'missing')} there but {own.get(name, 'unknown')} here ({len(differ)} tensors differ); was the recipe changed?")
     model.load_state_dict(state, strict=False)
 
-# %% ../nbs/10_training.ipynb #687bdbed
+# %% ../nbs/10_training.ipynb #d68be19b
 def load(
     path: str | Path,  # checkpoint that `fit` wrote, or an official one
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
@@ -236,6 +237,7 @@ def load(
         state, config = read_official(path)
         recipe = change(trained, prompts=config["prompts"], depth=config["depth"])
         own = load_benchmark(recipe.dataset, recipe.split, None, recipe.unseen, recipe.clip, clip_weights)
+        check_official(path, config, own)
     bench = own if target is None else replace(target, clip=own.clip)
     if bench.name != own.name:
         there = resolve(bench.name, recipe.setting)
@@ -248,6 +250,15 @@ def load(
         if unexpected or set(missing) - {"text"}:
             raise ValueError(f"{path} does not fit {recipe.clip}: {(unexpected or missing)[0]} is {'unknown' if unexpected else 'missing'}")
     return model.eval(), recipe, bench
+
+def check_official(path, config: dict, own: Benchmark):
+    "Refuse an official checkpoint that was trained for other classes than the named dataset has, as far as it tells."
+    k, names = len(own.classes), config["classes"]
+    if config["trained"] not in (None, len(own.seen), k):
+        raise ValueError(f"{path} was trained with {config['trained']} classes, but {own.name} has {k}, {len(own.seen)} of them seen: name the dataset that it was trained on")
+    if names and list(names) != list(own.classes):
+        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(names, own.classes)) if pair[0] != pair[1])
+        warnings.warn(f"{path} names its class {i} {there!r}, {own.name} has {here!r} there: if this is not the same thing, the classes are in another order")
 
 def own_benchmark(about: dict, clip_weights=None) -> Benchmark:
     "The classes that a checkpoint was trained for, from its header; the images of a folder of one's own are not known."
