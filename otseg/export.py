@@ -35,8 +35,8 @@ def eliminate(
         A = A - (A[..., i : i + 1] - eye[:, i : i + 1]) * row
     return A[..., -1]
 
-# %% ../nbs/16_export.ipynb #a49bc81e
-STEPS = 10  # Newton steps in an exported graph
+# %% ../nbs/16_export.ipynb #86945ba1
+STEPS = 14  # Newton steps in an exported graph
 
 def fixed_plan(
     C: Tensor,  # cost (..., m, n)
