@@ -1,5 +1,6 @@
 # make demo   train and evaluate OTSeg on the embedded benchmark     make test     all tests and all notebooks
 # make readme README.md from nbs/index.ipynb                         make export   otseg/*.py from nbs/*.ipynb
+# make jupyter  notebooks in JupyterLab, driven by a browser (needs Chromium; without it, the tests are skipped)
 # Each makes its environment first. PYTHON picks the interpreter (3.10 or newer), VENV where the environment lives.
 # THREADS is for the demo, whose model is so small that a second thread costs more than it brings.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ THREADS ?= 1
 bin := $(VENV)/bin
 installed := $(VENV)/installed
 
-.PHONY: demo test readme export clean
+.PHONY: demo test jupyter readme export clean
 
 demo: $(installed)
 	mkdir -p runs
@@ -20,6 +21,10 @@ demo: $(installed)
 test: $(installed)
 	$(bin)/nbdev_test --file_re '^(\d\d_|index)'
 	$(bin)/python -m pytest tests
+
+jupyter: $(installed)
+	$(bin)/pip install --quiet playwright
+	$(bin)/python -m pytest -rs tests/test_jupyter.py
 
 readme: $(installed)
 	$(bin)/python scripts/readme.py
