@@ -1,0 +1,170 @@
+"""The notebooks in JupyterLab, as a reader meets them: opened in a browser, run cell by cell, the panel moved.
+
+`make jupyter` runs this; it needs Playwright (`pip install playwright`) and a Chromium, and is skipped without them.
+All happens in a temporary copy. With OTSEG_SCREENSHOTS=FOLDER the pictures stay there.
+"""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TINY = {"max_iters": 4, "setting": "inductive"}  # training is tested elsewhere: here its notebook only has to run
+MINUTES = 60_000  # in Playwright's milliseconds
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository without its history and its runs, training cut short."""
+    root = tmp_path_factory.mktemp("jupyter") / "otseg"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"))
+    path = root / "nbs/train.ipynb"
+    nb = json.loads(path.read_text())
+    cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
+    source = "".join(cell["source"])
+    for name, value in {**TINY, "out": str(root / "out"), "records": str(root / "records")}.items():
+        source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", source, flags=re.MULTILINE)
+        assert found == 1, name
+    cell["source"] = source + "\nbatch, warmup, val_every, val_images = 2, 2, 2, 1\n"
+    path.write_text(json.dumps(nb))
+    return root
+
+
+@pytest.fixture(scope="module")
+def lab(copy):
+    """Address of a JupyterLab that serves the copy."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    home = copy.parent / "home"  # no settings of the user's, and none left behind
+    env = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
+           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
+    args = ["--no-browser", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={copy}", "--allow-root",
+            "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    log = copy.parent / "lab.log"
+    server = subprocess.Popen([Path(sys.executable).with_name("jupyter-lab"), *args], cwd=copy, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    try:
+        for _ in range(120):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        else:
+            pytest.fail(f"JupyterLab did not start: {log.read_text()[-2000:]}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium of the system through Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(copy):
+    folder = Path(os.environ.get("OTSEG_SCREENSHOTS") or copy.parent / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_and_run(browser, lab, name, minutes):
+    """Open a notebook alone in a tab, run all its cells, and wait until the kernel is idle again."""
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTES)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
+    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=2 * MINUTES)
+    page.wait_for_timeout(5000)  # the kernel starts: before that, running would ask for one
+    assert page.locator(".jp-Dialog").count() == 0, f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=2 * MINUTES)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator("li[data-command='runmenu:run-all']").click()
+    page.wait_for_timeout(1000)
+    assert page.locator(".jp-Dialog").count() == 0, f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+    state = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
+    quiet = 0
+    deadline = time.monotonic() + 60 * minutes
+    while quiet < 3:
+        assert time.monotonic() < deadline, f"{name} is still running after {minutes} minutes"
+        time.sleep(1)
+        quiet = quiet + 1 if page.evaluate(state) == "idle" and not page.locator(".jp-InputPrompt", has_text="[*]").count() else 0
+    return page
+
+
+def save_and_check(page, copy, name):
+    """Save, as Ctrl-S does, and look at every output of every cell."""
+    path = copy / f"nbs/{name}.ipynb"
+    before = path.stat().st_mtime_ns
+    page.keyboard.press("Control+s")
+    for _ in range(60):
+        if path.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.5)
+    else:
+        pytest.fail(f"{name} was not saved")
+    time.sleep(1)
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    errors = [(o["ename"], o["evalue"]) for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+    assert not errors, f"{name}: {errors}"
+    idle = ["".join(c["source"])[:80] for c in cells if not c["execution_count"]]
+    assert not idle, f"{name}: cells that did not run: {idle}"
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg").count() == 0
+
+
+@pytest.mark.parametrize("name", ["index", "00_ot", "train", "predict"])
+def test_notebook_runs_in_jupyterlab(browser, lab, copy, screenshots, name):
+    page = open_and_run(browser, lab, name, minutes=6)
+    page.screenshot(path=screenshots / f"{name}.png")
+    save_and_check(page, copy, name)
+    if name == "predict":
+        drive_the_panel(page, screenshots)
+    page.close()
+
+
+def drive_the_panel(page, screenshots):
+    """Other words and another lambda: another mask each time; a word that does not exist: a message."""
+    mask = page.locator(".widget-vbox img, .widget-vbox .widget-image").last
+    mask.scroll_into_view_if_needed()
+    sources = [mask.get_attribute("src")]
+
+    def changed():
+        for _ in range(60):
+            if (src := mask.get_attribute("src")) != sources[-1]:
+                return sources.append(src)
+            time.sleep(0.5)
+        pytest.fail("the mask did not change")
+
+    words = page.locator(".widget-vbox .widget-text input").first
+    words.fill("three, six, grass, brick")
+    words.press("Enter")
+    changed()
+    handle = page.locator(".widget-vbox .noUi-handle").nth(1)  # lambda
+    handle.focus()
+    for _ in range(8):
+        handle.press("ArrowRight")
+    changed()
+    page.locator(".widget-vbox select").select_option(index=1)
+    changed()
+    page.screenshot(path=screenshots / "panel.png")
+    words.fill("three, cat")
+    words.press("Enter")
+    page.get_by_text("does not know 'cat'").wait_for(timeout=MINUTES)
+    page.screenshot(path=screenshots / "panel_message.png")
