@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_terms', 'Run', 'step', 'describe_run',
-           'save_checkpoint', 'read_checkpoint', 'load_weights', 'fill', 'load', 'check_official', 'own_benchmark',
-           'Progress', 'random_states', 'save_state', 'restore', 'validate', 'validate_dense', 'plain', 'make_record',
-           'project_root', 'newest_checkpoint', 'inductive_checkpoint', 'log_losses', 'log_scores', 'validate_and_save',
-           'ignore_ctrl_c', 'loop', 'wants_to_stop', 'begin', 'fit', 'finish_run', 'write_json', 'fit_on',
-           'evaluate_checkpoint', 'add_recipe_options', 'main', 'show', 'evaluate_main']
+           'save_checkpoint', 'finite_weights', 'read_checkpoint', 'load_weights', 'fill', 'load', 'check_official',
+           'own_benchmark', 'Progress', 'random_states', 'save_state', 'restore', 'set_random', 'validate',
+           'validate_dense', 'plain', 'make_record', 'project_root', 'newest_checkpoint', 'inductive_checkpoint',
+           'log_losses', 'log_scores', 'validate_and_save', 'ignore_ctrl_c', 'loop', 'wants_to_stop', 'begin', 'fit',
+           'finish_run', 'write_json', 'fit_on', 'evaluate_checkpoint', 'add_recipe_options', 'main', 'show',
+           'evaluate_main']
 
 # %% ../nbs/10_training.ipynb #398cab00
 import argparse
@@ -171,7 +172,7 @@ def step(
     run.opt.zero_grad()
     return total
 
-# %% ../nbs/10_training.ipynb #901bd758
+# %% ../nbs/10_training.ipynb #1198f4b3
 def describe_run(recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
     "What the header of a checkpoint says."
     return {"recipe": asdict(recipe), "classes": bench.classes, "unseen": bench.unseen, "templates": TEMPLATES[: recipe.templates], "iteration": iteration, **provenance()}
@@ -183,8 +184,15 @@ def save_checkpoint(
     bench: Benchmark,
     iteration: int,  # steps done
 ):
-    "Write what was learnt, with a header that says what it is."
-    write_file(path, model.trainable_state(), describe_run(recipe, bench, iteration))
+    "Write what was learnt, with a header that says what it is. Raises FloatingPointError, OSError."
+    write_file(path, finite_weights(model, iteration), describe_run(recipe, bench, iteration))
+
+def finite_weights(model: OTSeg, iteration: int) -> dict[str, Tensor]:
+    "What was learnt, if it is worth keeping. Raises FloatingPointError."
+    weights = model.trainable_state()
+    if bad := [name for name, w in weights.items() if not w.isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} is not finite after iteration {iteration}: it was not saved; a smaller lr, or precision = 'no', may help")
+    return weights
 
 def read_checkpoint(
     path: Path,  # of the .safetensors file
@@ -272,7 +280,7 @@ def own_benchmark(about: dict, clip_weights=None) -> Benchmark:
 
     return Benchmark("folder", tuple(about["classes"]), tuple(about["unseen"]), unknown, partial(small_or_real_clip, r.clip, clip_weights))
 
-# %% ../nbs/10_training.ipynb #5901c024
+# %% ../nbs/10_training.ipynb #547a23a7
 @dataclass
 class Progress:
     "How far a run has come."
@@ -282,6 +290,7 @@ class Progress:
     best: float = -1.0  # best hIoU of a validation so far
     skipped: int = 0  # images that could not be read
     losses: list = field(default_factory=list)  # terms of the steps since the last line of the log
+    random: dict = field(default_factory=dict)  # states of the generators to go on with
 
 def random_states(run: Run) -> dict[str, Tensor]:
     "The states of all processes' generators (processes, bytes)."
@@ -290,13 +299,11 @@ def random_states(run: Run) -> dict[str, Tensor]:
     return {f"random.{name}": run.accelerator.gather(s.to(device)[None]).cpu() for name, s in states.items()}
 
 def save_state(run: Run, progress: Progress):
-    "Write the state of a run. Raises FloatingPointError rather than keep weights that are not finite."
+    "Write the state of a run. Raises FloatingPointError, OSError."
     tensors = random_states(run)
     if not run.main:
         return
-    weights = run.model.trainable_state()
-    if bad := [name for name, w in weights.items() if not w.isfinite().all()]:
-        raise FloatingPointError(f"{bad[0]} is not finite after iteration {progress.t}: nothing was saved; a smaller lr, or precision = 'no', may help")
+    weights = finite_weights(run.model, progress.t)
     names = {p: name for name, p in run.model.named_parameters()}
     for p, moments in run.opt.state.items():
         tensors |= {f"adamw.{key}.{names[p]}": value for key, value in moments.items()}
@@ -304,7 +311,7 @@ def save_state(run: Run, progress: Progress):
     if progress.losses:
         tensors["losses"] = torch.stack(progress.losses)
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
-    about = describe_run(run.recipe, run.bench, progress.t) | {"progress": asdict(replace(progress, losses=[])), "scaler": scaler, "processes": run.accelerator.num_processes}
+    about = describe_run(run.recipe, run.bench, progress.t) | {"progress": {name: getattr(progress, name) for name in ("t", "seconds", "best", "skipped")}, "scaler": scaler, "processes": run.accelerator.num_processes}
     write_state(run.out / "states", progress.t, tensors, about)
 
 def restore(run: Run) -> Progress:
@@ -320,17 +327,21 @@ def restore(run: Run) -> Progress:
     for name, p in run.model.named_parameters():
         if p.requires_grad:
             run.opt.state[p] = {key: tensors[f"adamw.{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
-    if about["processes"] == run.accelerator.num_processes:
-        rank, states = run.accelerator.process_index, take("random.")
-        torch.set_rng_state(states["cpu"][rank])
-        if "cuda" in states and run.accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"][rank], run.accelerator.device)
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    random = {name: states[rank] for name, states in take("random.").items()} if about["processes"] == world else {}
     if about["scaler"] and run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(about["scaler"])
     losses = [row.to(run.accelerator.device) for row in tensors.get("losses", [])]
-    return Progress(**about["progress"] | {"losses": losses})
+    return Progress(**about["progress"], losses=losses, random=random)
 
-# %% ../nbs/10_training.ipynb #0052ba9c
+def set_random(run: Run, random: dict[str, Tensor]):
+    "Let the generators go on where a state left them."
+    if random:
+        torch.set_rng_state(random["cpu"])
+    if "cuda" in random and run.accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], run.accelerator.device)
+
+# %% ../nbs/10_training.ipynb #142c0623
 def validate(
     model,  # OTSeg or DenseCLIP
     bench: Benchmark,
@@ -344,7 +355,7 @@ def validate(
     "Metrics of each path, from one confusion matrix each."
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device, k, was_training = model.text.device, len(bench.classes), model.training
-    loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, num_workers=workers)
+    loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, num_workers=workers, generator=torch.Generator())
     counts = {path: torch.zeros(k, k, dtype=torch.long, device=device) for path in paths}
     model.eval()
     try:
@@ -433,7 +444,7 @@ def validate_and_save(run: Run, log: Log, progress: Progress):
     if run.main:
         save_checkpoint(run.out / "last.safetensors", run.model, run.recipe, run.bench, t)
 
-# %% ../nbs/10_training.ipynb #e28bc357
+# %% ../nbs/10_training.ipynb #5d8fe4fc
 def ignore_ctrl_c(worker: int):
     "Reading processes leave Ctrl-C to the loop."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -444,9 +455,10 @@ def loop(run: Run, log: Log, progress: Progress):
     batches = EndlessBatches(len(run.crops), r.batch, r.seed, r.max_iters, progress.t, acc.process_index, acc.num_processes)
     loader = DataLoader(run.crops, batch_sampler=batches, num_workers=run.workers, pin_memory=acc.device.type == "cuda", worker_init_fn=ignore_ctrl_c)
     bar = tqdm(total=r.max_iters, initial=progress.t, desc=run_name(r), disable=not (run.progress and run.main))
-    began, before = datetime.now(timezone.utc), progress.seconds
+    began, before, batches = datetime.now(timezone.utc), progress.seconds, iter(loader)
+    set_random(run, progress.random)  # after the reader, which draws a number when it begins
     with Stop() as stop, bar:
-        for batch in loader:
+        for batch in batches:
             progress.skipped += int(batch.pop("skipped").sum())
             batch = {name: value.to(acc.device, non_blocking=True) for name, value in batch.items()}
             progress.losses.append(step(run, batch, progress.t))
@@ -474,7 +486,7 @@ def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
         return False
     return bool(run.accelerator.reduce(torch.tensor(float(stop.asked is not None), device=run.accelerator.device)) > 0)
 
-# %% ../nbs/10_training.ipynb #d69d45cc
+# %% ../nbs/10_training.ipynb #d3690ccf
 def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) -> Run:
     "Check everything that can be checked before the first step, and put the run together."
     bench = load_benchmark(recipe.dataset, recipe.split, root, recipe.unseen, recipe.clip, clip_weights)
@@ -484,7 +496,7 @@ def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) 
         init = inductive_checkpoint(recipe, out.parent)
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision = 'fp16' needs a GPU: use 'bf16' or 'no'")
-    AcceleratorState._reset_state()  # a run before this one may have had another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run before this one may have had another precision, or fewer processes
     accelerator = Accelerator(mixed_precision=recipe.precision)
     set_seed(recipe.seed)
     model = build(recipe, bench)
@@ -521,13 +533,13 @@ def fit(
         loop(run, log, at)
     return finish_run(run, log, at, started)
 
-# %% ../nbs/10_training.ipynb #f7295ccf
+# %% ../nbs/10_training.ipynb #a0c45f02
 def finish_run(run: Run, log: Log, progress: Progress, started: datetime) -> dict:
     "Evaluate all of the validation set, write log and record."
     options = dict(accelerator=run.accelerator, workers=run.workers, progress=run.progress and run.main)
     metrics = validate(run.model, run.bench, run.recipe, run.val, **options)
     dense = validate_dense(run.model, run.bench, run.recipe, run.val, **options)
-    record = make_record(run.recipe, run.bench, run.accelerator.device, started, progress.seconds, {**metrics, "dense_clip": dense}, skipped_images=progress.skipped)
+    record = make_record(run.recipe, run.bench, run.accelerator.device, started, progress.seconds, {**metrics, "dense_clip": dense}, processes=run.accelerator.num_processes, skipped_images=progress.skipped)
     if run.main:
         log_scores(log, run.recipe.max_iters, metrics, final=True)
         write_json(run.out / "record.json", record)
