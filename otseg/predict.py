@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'to_rgb', 'from_array', 'read_image', 'shrunk', 'word_groups', 'twice', 'check_known', 'enlarged', 'Result',
-           'with_words', 'Segmenter', 'load', 'is_ours', 'load_official', 'window_maps', 'explain', 'panel',
+           'with_words', 'Segmenter', 'load', 'is_ours', 'official_recipe', 'window_maps', 'explain', 'panel',
            'check_parameters', 'half_checkpoint']
 
-# %% ../nbs/14_predict.ipynb #1bb4508c
+# %% ../nbs/14_predict.ipynb #675ab058
 import copy
 import json
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from io import BytesIO
@@ -30,8 +30,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .clip import TEMPLATES, cached_class_embeddings, class_embeddings, load_clip
-from .data import fit_size, normalize
+from .clip import TEMPLATES, cached_class_embeddings, class_embeddings
+from .data import fit_size, load_benchmark, normalize
 from .inference import predict_probs, window_starts
 from .model import OTSeg
 from .mps import cosine
@@ -392,7 +392,7 @@ class Segmenter:
         colours = np.array(own) / 255 if all(c is not None for c in own) else None
         return Result(image, tuple(groups), probs, background, colours)
 
-# %% ../nbs/14_predict.ipynb #b18f56b2
+# %% ../nbs/14_predict.ipynb #34702814
 SHIPPED = files("otseg") / "assets" / "digits_otseg.safetensors"
 
 def load(
@@ -406,11 +406,10 @@ def load(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train one (nbs/train.ipynb), or call load() for the shipped small model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not is_ours(path):
-        return load_official(path, clip_weights, device, cache)
-    from otseg.training import load as load_ours
+    from otseg.training import load as load_trained
 
-    model, recipe, bench = load_ours(path, clip_weights) if clip_weights else load_ours(path)
+    trained = None if is_ours(path) else official_recipe(path)
+    model, recipe, bench = load_trained(path, clip_weights, trained=trained)
     return Segmenter(model.to(device), recipe, bench.clip, bench.classes, bench.seen, bench.palette, cache)
 
 def is_ours(path: Path) -> bool:
@@ -421,21 +420,21 @@ def is_ours(path: Path) -> bool:
     except Exception:  # mmcv's are pickles
         return False
 
-# %% ../nbs/14_predict.ipynb #a5877aa9
-def load_official(path: Path, clip_weights=None, device="cpu", cache=None, arch: str = "ViT-B-16-quickgelu") -> Segmenter:
-    "A segmenter from an official checkpoint, or from one that `convert` made."
+# %% ../nbs/14_predict.ipynb #f526afd8
+def official_recipe(
+    path: str | Path,  # official checkpoint, or one that `convert` made
+    clip: str = "ViT-B-16-quickgelu",  # open_clip's name of the architecture
+) -> Recipe:
+    "The recipe of the dataset whose number of classes, or of seen classes, an official checkpoint was trained with; COCO-Stuff's where none fits."
     from otseg.official import read_official
 
-    known = json.loads((files("otseg") / "assets" / "datasets.json").read_text())
     _, config = read_official(path)
-    counts = {count: name for name, d in known.items() if name != "ade" for count in (len(d["classes"]), len(d["classes"]) - len(d["unseen"]))}
-    dataset = counts.get(config["trained"] or len(config["classes"] or ()), "coco")
-    recipe = resolve(dataset, clip=arch, prompts=config["prompts"], calibration=0.0)
-    clip, classes = load_clip(arch, clip_weights or "openai"), tuple(config["classes"] or known[dataset]["classes"])
-    embeddings = class_embeddings(classes, TEMPLATES[: recipe.templates], clip)
-    model = OTSeg.from_official(path, embeddings, recipe.image_size, config["heads"])
-    unseen = known[dataset]["unseen"] if config["trained"] and config["trained"] < len(classes) else ()
-    return Segmenter(model.to(device), recipe, clip, classes, [i for i, c in enumerate(classes) if c not in unseen], None, cache)
+    k = config["trained"] or len(config["classes"] or ())
+    for dataset in ("voc", "context", "coco"):
+        bench = load_benchmark(dataset)
+        if k in (len(bench.classes), len(bench.seen)):
+            return resolve(dataset, "inductive" if k == len(bench.seen) else "fully_supervised", clip=clip)
+    return resolve("coco", "fully_supervised", clip=clip)
 
 # %% ../nbs/14_predict.ipynb #8682a1db
 @torch.no_grad()
@@ -488,7 +487,7 @@ def explain(
     small = np.asarray(r.image.resize((w, h), Image.BILINEAR)).transpose(2, 0, 1)
     return evidence(small, table[mask], shown, range(len(where)), maps["score"], maps["plan"], maps["mps"], maps["mpsa"], prompts, colours)
 
-# %% ../nbs/14_predict.ipynb #fae1dd22
+# %% ../nbs/14_predict.ipynb #851888a0
 def panel(
     seg: Segmenter,
     images: dict,  # title -> image, as for `seg`
@@ -508,7 +507,7 @@ def panel(
         "weight": w.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="lambda", **slider),
         "calibration": w.FloatSlider(value=seg.recipe.calibration, min=0, max=0.5, step=0.01, description="calibration", **slider),
     }
-    mask, message = w.Image(format="png"), w.HTML()
+    mask, message = w.Image(format="png", layout=w.Layout(align_self="flex-start")), w.HTML()
 
     def update(_=None):
         values = {name: control.value for name, control in controls.items()}

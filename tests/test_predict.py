@@ -338,9 +338,11 @@ def official(tmp_path):
     return tmp_path
 
 
-def test_official_checkpoints(official):
-    seg = predict.load_official(official / "iter.pth", official / "clip.pt", arch="otseg-test-arch")
-    assert len(seg.classes) == 20 and seg.recipe.dataset == "voc" and seg.recipe.templates == 6
+def test_official_checkpoints(official, monkeypatch):
+    recipe = predict.official_recipe(official / "iter.pth", clip="otseg-test-arch")
+    monkeypatch.setattr(predict, "official_recipe", lambda path: recipe)
+    seg = otseg.load(official / "iter.pth", official / "clip.pt", "cpu")
+    assert len(seg.classes) == 20 and (seg.recipe.dataset, seg.recipe.setting, seg.recipe.templates, seg.recipe.calibration) == ("voc", "inductive", 6, 0.1)
     assert "pottedplant" not in seg.seen and "cat" in seg.seen and len(seg.seen) == 15
     seg.model.image_size, seg.short, seg.recipe = SIDE, SIDE, resolve("voc", image_size=SIDE, stride=24)
     assert seg(photo(), "cat, lamp").labels.shape == (30, 40)
