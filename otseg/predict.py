@@ -178,7 +178,7 @@ def enlarged(
         band = torch.lerp(scores[:, above], scores[:, (above + 1).clamp(max=h - 1)], (rows - above)[:, None])
         yield F.interpolate(band[None], size=(len(rows), W), mode="bilinear", align_corners=False)[0]
 
-# %% ../nbs/14_predict.ipynb #9e049691
+# %% ../nbs/14_predict.ipynb #a125d501
 @dataclass(frozen=True, eq=False)
 class Result:
     "Masks of one photo. In Jupyter it shows itself."
@@ -197,11 +197,12 @@ class Result:
     @cached_property
     def labels(self) -> np.ndarray:
         "(H, W) index into `names`; uint8, or uint16 for more than 256 names."
-        parts = []
+        parts, kind = [], np.uint8 if len(self.names) <= 256 else np.uint16
         for band in enlarged(self.scores, self.image.size[::-1]):
             best, label = band.max(0)
-            parts.append(label if self.background is None else torch.where(best < self.background, len(self.classes), label))
-        return torch.cat(parts).numpy().astype(np.uint8 if len(self.names) <= 256 else np.uint16)
+            label = label if self.background is None else torch.where(best < self.background, len(self.classes), label)
+            parts.append(label.numpy().astype(kind))
+        return np.concatenate(parts)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -230,7 +231,7 @@ class Result:
     @property
     def areas(self) -> pd.DataFrame:
         "Pixels and fraction of the photo of each name, the largest first."
-        pixels = np.bincount(self.labels.ravel(), minlength=len(self.names))
+        pixels = sum(np.bincount(row, minlength=len(self.names)) for row in self.labels)
         table = pd.DataFrame({"pixels": pixels, "fraction": pixels / pixels.sum()}, index=pd.Index(self.names, name="class"))
         return table.sort_values("pixels", ascending=False, kind="stable")
 
