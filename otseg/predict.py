@@ -534,7 +534,7 @@ def check_parameters(
     if wrong := sorted(name for name in namespace if name not in before and name not in known and name != "before" and not name.startswith("_")):
         raise ValueError(f"unknown parameter {', '.join(wrong)}; this notebook takes {', '.join(known)}")
 
-# %% ../nbs/14_predict.ipynb #ffdb15ca
+# %% ../nbs/14_predict.ipynb #2b1b0076
 def half_checkpoint(
     checkpoint: str | Path,  # file that `fit` wrote
     out: str | Path,  # .safetensors to write
@@ -550,4 +550,5 @@ def half_checkpoint(
         state, about = {name: f.get_tensor(name).half() for name in f.keys()}, json.loads(f.metadata()["otseg"])
     about["small_clip"] = sha256((files("otseg") / "assets" / "digits_clip.safetensors").read_bytes()).hexdigest()
     write_file(out, state, about)
+    Path(out).chmod(0o644)  # who installs a package is not who made it
     return Path(out)
