@@ -6,10 +6,10 @@
 __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_terms', 'Run', 'step', 'describe_run',
            'save_checkpoint', 'finite_weights', 'read_checkpoint', 'load_weights', 'fill', 'load', 'check_official',
            'own_benchmark', 'Progress', 'random_states', 'save_state', 'restore', 'set_random', 'validate',
-           'validate_dense', 'plain', 'make_record', 'project_root', 'newest_checkpoint', 'inductive_checkpoint',
-           'log_losses', 'log_scores', 'validate_and_save', 'ignore_ctrl_c', 'loop', 'wants_to_stop', 'begin', 'fit',
-           'finish_run', 'write_json', 'fit_on', 'evaluate_checkpoint', 'add_recipe_options', 'main', 'show',
-           'evaluate_main']
+           'validate_dense', 'plain', 'determinism', 'make_record', 'project_root', 'newest_checkpoint',
+           'inductive_checkpoint', 'log_losses', 'log_scores', 'validate_and_save', 'ignore_ctrl_c', 'loop',
+           'wants_to_stop', 'same_model', 'begin', 'fit', 'finish_run', 'write_json', 'fit_on', 'evaluate_checkpoint',
+           'add_recipe_options', 'main', 'show', 'evaluate_main']
 
 # %% ../nbs/10_training.ipynb #398cab00
 import argparse
@@ -373,18 +373,24 @@ def validate_dense(model: OTSeg, bench: Benchmark, recipe: Recipe, data, **optio
     dense = DenseCLIP(model.encoder.visual, model.text, recipe.image_size).to(model.text.device)
     return validate(dense, bench, replace(recipe, calibration=0.0), data, ("mps",), **options)["mps"]
 
-# %% ../nbs/10_training.ipynb #00b3be44
+# %% ../nbs/10_training.ipynb #115e9765
 def plain(scores: dict, classes: tuple[str, ...]) -> dict:
     "Metrics as JSON can hold them, IoU by class name."
     number = lambda v: None if math.isnan(v) else v
     return {name: number(v) for name, v in scores.items() if name != "iou"} | {"iou": {c: number(v) for c, v in zip(classes, scores["iou"].tolist())}}
+
+def determinism(device: torch.device) -> str:
+    "What one seed determines on a device."
+    if device.type == "cpu":
+        return "one seed, one result, bit for bit, for one version of torch, one number of threads and of processes; the number of reading processes does not matter"
+    return "order of images, crops, distortion and initial weights; sums inside some kernels have no fixed order, so results agree up to rounding"
 
 def make_record(recipe: Recipe, bench: Benchmark, device: torch.device, started: datetime, seconds: float, metrics: dict, **more) -> dict:
     "The record of a run."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "name": run_name(recipe), "dataset": recipe.dataset, "split": recipe.split, "setting": recipe.setting, "method": recipe.attention,
-        "seed": recipe.seed, "recipe": asdict(recipe), **provenance(), "device": name, "started": started.isoformat(timespec="seconds"),
+        "seed": recipe.seed, "recipe": asdict(recipe), **provenance(), "device": name, "deterministic": determinism(device), "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1), **more, "metrics": {path: plain(scores, bench.classes) for path, scores in metrics.items()},
     }
 
@@ -486,7 +492,13 @@ def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
         return False
     return bool(run.accelerator.reduce(torch.tensor(float(stop.asked is not None), device=run.accelerator.device)) > 0)
 
-# %% ../nbs/10_training.ipynb #d3690ccf
+# %% ../nbs/10_training.ipynb #0746d1b8
+def same_model(there: Recipe, here: Recipe, path):
+    "Refuse weights that fit in shape but were trained for another model."
+    for name in ("clip", "attention", "depth", "eps", "prompts", "templates", "image_size"):
+        if getattr(there, name) != getattr(here, name):
+            raise ValueError(f"{path} was trained with {name} = {getattr(there, name)!r}, but this recipe has {getattr(here, name)!r}")
+
 def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) -> Run:
     "Check everything that can be checked before the first step, and put the run together."
     bench = load_benchmark(recipe.dataset, recipe.split, root, recipe.unseen, recipe.clip, clip_weights)
@@ -501,7 +513,7 @@ def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) 
     set_seed(recipe.seed)
     model = build(recipe, bench)
     if init is not None:
-        load_weights(model, init, bench.classes)
+        same_model(load_weights(model, init, bench.classes)["recipe"], recipe, init)
     net, opt = accelerator.prepare(model, optimizer(model, recipe))
     if workers is None:
         workers = 0 if recipe.dataset == "digits" else min(8, os.cpu_count() or 1)
