@@ -115,3 +115,31 @@ def test_metrics_refuse(shape, seen, unseen, words):
     with pytest.raises(ValueError) as e:
         zs3_metrics(torch.ones(shape), seen, unseen)
     assert all(w in str(e.value) for w in words)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_agrees_with_torchmetrics(seed):
+    """Another library's count of the same, image by image, with absent classes and ignored pixels."""
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+    rng, k = torch.Generator().manual_seed(seed), 6
+    iou, accuracy = MulticlassJaccardIndex(k, average="none", ignore_index=255), MulticlassAccuracy(k, average="micro", ignore_index=255)
+    total = torch.zeros(k, k, dtype=torch.long)
+    for _ in range(4):
+        label, pred = torch.randint(4, (2, 9, 11), generator=rng), torch.randint(5, (2, 9, 11), generator=rng)
+        label[torch.rand(label.shape, generator=rng) < 0.2] = 255
+        iou.update(pred, label), accuracy.update(pred, label)
+        total += confusion(pred, label, k)
+    ours = zs3_metrics(total, (0, 1, 2), (3, 4, 5))
+    assert ours["pacc"] == pytest.approx(accuracy.compute().item(), abs=1e-6)
+    known = ~ours["iou"].isnan()  # a class without any pixel is 0 there and left out here
+    assert torch.allclose(ours["iou"][known].float(), iou.compute()[known], atol=1e-6) and known.tolist() == [True] * 5 + [False]
+
+
+def test_a_background_of_ones_own():
+    """It is a class like the others: counted where it is one, left out where it is ignored."""
+    label, pred = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
+    as_class = zs3_metrics(confusion(pred, label, 3), (0, 1), (2,))
+    assert as_class["iou"].tolist() == [1 / 3, 1 / 2, 0] and as_class["pacc"] == 0.5
+    ignored = zs3_metrics(confusion(pred[label > 0].clamp_min(1) - 1, label[label > 0] - 1, 2), (0,), (1,))
+    assert ignored["pacc"] == 0.5
