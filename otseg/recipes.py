@@ -52,13 +52,13 @@ class Recipe:
     val_every: int = 2000  # iterations between validations
     val_images: int = 200  # images of the validation set that they look at; the last one looks at all
 
-# %% ../nbs/09_recipes.ipynb #7d79c0a8
+# %% ../nbs/09_recipes.ipynb #f363f92f
 DATASET_RECIPES = {
-    "digits": dict(templates=6, identity=True, max_iters=300, lr=3e-4, warmup=30, image_size=48, stride=24, val_every=75, val_images=40),
+    "digits": dict(templates=6, identity=True, max_iters=300, lr=1e-3, warmup=30, image_size=48, stride=24, val_every=75, val_images=40),
 }
 SETTING_RECIPES = {
-    ("digits", "inductive"): dict(),
-    ("digits", "transductive"): dict(max_iters=150),
+    ("digits", "inductive"): dict(calibration=0.1),
+    ("digits", "transductive"): dict(max_iters=150, lr=5e-4),
     ("digits", "fully_supervised"): dict(),
 }
 PRECISIONS = ("no", "bf16", "fp16")
