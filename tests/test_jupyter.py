@@ -92,7 +92,8 @@ def open_and_run(browser, lab, name, minutes):
     page.goto(f"{lab}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTES)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
     page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=2 * MINUTES)
-    page.wait_for_timeout(5000)  # the kernel starts: before that, running would ask for one
+    page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for(timeout=2 * MINUTES)  # before that, running would ask for a kernel
+    page.wait_for_timeout(2000)
     assert page.locator(".jp-Dialog").count() == 0, f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=2 * MINUTES)
     page.get_by_role("menuitem", name="Run", exact=True).click()
