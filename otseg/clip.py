@@ -108,7 +108,7 @@ def run_block(
     x = x + block.ls_1(block.attn.out_proj(out))
     return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
 
-# %% ../nbs/03_clip.ipynb #8aafb413
+# %% ../nbs/03_clip.ipynb #cce357ee
 class ImageEncoder(nn.Module):
     "CLIP's frozen image tower with learned tokens before each block (Section 3.1); without prompts, CLIP itself."
 
@@ -137,10 +137,10 @@ class ImageEncoder(nn.Module):
         v, (h, w), (s, t) = self.visual, image.shape[-2:], self.visual.patch_size
         if h % s or w % t:
             raise ValueError(f"the image is {h} x {w} pixels, no whole number of {s} x {t} patches: pad or resize it")
-        x = v.conv1(image).flatten(2).mT  # (b, m, width)
+        x = v.conv1(image).flatten(2).mT.to(v.class_embedding.dtype)  # (b, m, width); an autocast's half precision stays inside the blocks
         cls = v.class_embedding * (2 if self.double_class_token else 1)
-        x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return v.ln_pre(x + resize_positions(v.positional_embedding, v.grid_size, (h // s, w // t)).to(x.dtype)), (h // s, w // t)
+        x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1)
+        return v.ln_pre(x + resize_positions(v.positional_embedding, v.grid_size, (h // s, w // t))), (h // s, w // t)
 
     def prompt(self, x: Tensor, i: int) -> Tensor | None:
         "The prompts (b, p, width) of block i."
