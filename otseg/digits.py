@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from . import data
-from .clip import TEMPLATES, ImageEncoder, class_embeddings, load_clip
+from .clip import TEMPLATES, ImageEncoder, load_clip
 
 # %% ../nbs/07_digits.ipynb #21bc94f7
 DIGITS = 'zero one two three four five six seven eight nine'.split()
@@ -187,7 +187,7 @@ def caption_truth(
     scenes, # Scenes, whole or cropped
 ): # (b, k, n) int8: 1 the caption is true of the picture, 0 false, -1 hard to say
     "Which of the k*n captions are true of each picture, from how it was drawn."
-    b, side = len(scenes.label), scenes.label.shape[-1]
+    side = scenes.label.shape[-1]
     area = torch.stack([(scenes.label == 10 + t).flatten(1).float().mean(1) for t in range(6)], 1)  # (b, 6)
     lo, hi = scenes.box[..., :2].float(), scenes.box[..., 2:].float()                               # (b, 4, 2)
     inside = ((hi.clamp(0, side) - lo.clamp(0, side)).prod(-1) / (hi - lo).prod(-1).clamp(min=1)) * (scenes.digit >= 0)

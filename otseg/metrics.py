@@ -6,8 +6,6 @@
 __all__ = ['confusion', 'zs3_metrics']
 
 # %% ../nbs/08_metrics.ipynb #954b4f67
-import math
-
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 

@@ -11,7 +11,7 @@ __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimiz
            'wants_to_stop', 'same_model', 'begin', 'fit', 'finish_run', 'write_json', 'fit_on', 'evaluate_checkpoint',
            'add_recipe_options', 'main', 'show', 'evaluate_main']
 
-# %% ../nbs/10_training.ipynb #398cab00
+# %% ../nbs/10_training.ipynb #aa30aa91
 import argparse
 import json
 import math
@@ -39,7 +39,7 @@ from .checkpoints import Log, Stop, newest_state, provenance, read_file, write_f
 from .clip import TEMPLATES, cached_class_embeddings, class_embeddings
 from .data import UNLABELLED, Benchmark, Crops, EndlessBatches, Whole, label_table, load_benchmark
 from .inference import WEIGHTS, predict_paths
-from .losses import IGNORE, present_classes, training_loss
+from .losses import present_classes, training_loss
 from .metrics import confusion, zs3_metrics
 from .model import DenseCLIP, Masks, OTSeg
 from .recipes import SETTINGS, Recipe, change, resolve, run_name

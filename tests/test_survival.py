@@ -10,7 +10,6 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
