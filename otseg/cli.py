@@ -84,7 +84,7 @@ def predict(args: Sequence[str] | None = None) -> int:  # exit status
     print(f"{len(masks) - len(bad)} of {len(masks)} images segmented, masks in {options.out}" + f"; {len(bad)} skipped" * bool(bad))
     return 1 if bad else 0
 
-# %% ../nbs/15_cli.ipynb #4d785253
+# %% ../nbs/15_cli.ipynb #216a3de7
 COMMANDS = {  # name -> module, function of its arguments, what it does
     "predict": ("otseg.cli", "predict", "segment images with your own words"),
     "train": ("otseg.training", "main", "train and evaluate a recipe"),
@@ -114,7 +114,8 @@ def main(args: Sequence[str] | None = None) -> int:  # exit status
         return 2
     module, function, _ = COMMANDS[command]
     rest = ["check", *rest] if command == "check" else rest  # `python -m otseg.data` has it as a command of its own
-    return getattr(import_module(module), function)(rest) or 0
+    done = getattr(import_module(module), function)(rest)
+    return done if isinstance(done, int) else 0  # train and evaluate give their record back
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     raise SystemExit(main())

@@ -417,3 +417,18 @@ def test_a_block_without_what_becomes_of_the_prompts(quick, prompts):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), (x, e)[: 1 + bool(prompts)]) for out in (ours, theirs))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, patch, dim", [("ViT-B-32-quickgelu", 32, 512), ("ViT-L-14-quickgelu", 14, 768)])
+def test_other_sizes(arch, patch, dim):
+    "Masks of a rectangular image, with the class embeddings of the same CLIP; an image of no whole patches is refused."
+    from otseg.model import OTSeg
+
+    clip = load_clip(arch, None)
+    model = OTSeg(clip.visual, class_embeddings(["dog", "sky"], TEMPLATES[:1], clip), image_size=4 * patch, prompts=3).eval()
+    with torch.no_grad():
+        masks = model(torch.randn(1, 3, 2 * patch, 3 * patch))
+    assert model.text.shape == (2, 1, dim) and masks.mps.shape == masks.mpsa.shape == (1, 2, 2, 3) and masks.mpsa.isfinite().all()
+    with pytest.raises(ValueError, match="no whole number of"):
+        model(torch.randn(1, 3, 2 * patch + 1, 3 * patch))
