@@ -17,9 +17,10 @@ demo: $(installed)
 	@echo; cat runs/digits/table.md
 	@echo; echo "Executed notebook: runs/digits.ipynb"; echo "Pictures:"; ls runs/digits/*.png
 
-# The numbered notebooks and the index run as tests; papermill runs the others from within pytest.
+# The numbered notebooks and the index run as tests; papermill runs the others from within pytest. Notebooks share processes,
+# and Triton must know from its import that 18_kernel interprets its kernel.
 test: $(installed)
-	$(bin)/nbdev_test --file_re '^(\d\d_|index)'
+	TRITON_INTERPRET=1 $(bin)/nbdev_test --file_re '^(\d\d_|index)'
 	$(bin)/python -m pytest tests
 
 jupyter: $(installed)

@@ -8,8 +8,8 @@ __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimiz
            'own_benchmark', 'Progress', 'random_states', 'save_state', 'restore', 'set_random', 'validate',
            'validate_dense', 'plain', 'determinism', 'make_record', 'project_root', 'newest_checkpoint',
            'inductive_checkpoint', 'log_losses', 'log_scores', 'validate_and_save', 'ignore_ctrl_c', 'loop',
-           'wants_to_stop', 'same_model', 'begin', 'fit', 'finish_run', 'write_json', 'fit_on', 'evaluate_checkpoint',
-           'add_recipe_options', 'main', 'show', 'evaluate_main']
+           'wants_to_stop', 'same_model', 'begin', 'prepare_folder', 'fit', 'finish_run', 'write_json', 'fit_on',
+           'evaluate_checkpoint', 'add_recipe_options', 'main', 'show', 'evaluate_main']
 
 # %% ../nbs/10_training.ipynb #aa30aa91
 import argparse
@@ -492,7 +492,7 @@ def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
         return False
     return bool(run.accelerator.reduce(torch.tensor(float(stop.asked is not None), device=run.accelerator.device)) > 0)
 
-# %% ../nbs/10_training.ipynb #0746d1b8
+# %% ../nbs/10_training.ipynb #71c98ba1
 def same_model(there: Recipe, here: Recipe, path):
     "Refuse weights that fit in shape but were trained for another model."
     for name in ("clip", "attention", "depth", "eps", "prompts", "templates", "image_size"):
@@ -519,6 +519,17 @@ def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) 
         workers = 0 if recipe.dataset == "digits" else min(8, os.cpu_count() or 1)
     return Run(recipe, bench, out, accelerator, model, net, opt, Crops(train, recipe, table), Whole(val, recipe), per_device or recipe.batch, workers, progress, model.text[rows])
 
+def prepare_folder(out: Path, resume: bool):
+    "Make the folder of a run, and see that files can be written there. Raises OSError."
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "writable.partial").write_text("")
+        (out / "writable.partial").unlink()
+        for old in [] if resume else (out / "states").glob("*"):
+            old.unlink()
+    except OSError as e:
+        raise OSError(f"nothing can be written to {out} ({e.strerror}): choose another folder as out") from e
+
 def fit(
     recipe: Recipe,  # from `resolve`
     out: str | Path,  # folder for checkpoints, log.jsonl and record.json; made if it does not exist
@@ -535,9 +546,7 @@ def fit(
     recipe, started, out = change(recipe, **overrides), datetime.now(timezone.utc), Path(out)
     run = begin(recipe, out, init, root, clip_weights, per_device, workers, progress)
     if run.main:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in [] if resume else (out / "states").glob("*"):
-            old.unlink()
+        prepare_folder(out, resume)
     run.accelerator.wait_for_everyone()
     at = restore(run)
     log = Log(out / "log.jsonl", at.t) if run.main else None

@@ -278,8 +278,17 @@ def test_a_full_disk(data, tmp_path):
 
 def test_a_folder_that_cannot_be_made(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match="nothing can be written to .*file/run .Not a directory.: choose another folder as out"):
         run(data, tmp_path / "file" / "run")
+
+
+def test_a_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
+    def refuse(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    with pytest.raises(OSError, match="nothing can be written to .* .Permission denied.: choose another folder as out"):
+        run(data, tmp_path / "run")
 
 
 # the log
@@ -342,6 +351,13 @@ def test_two_processes_are_one(data, tmp_path, monkeypatch):
     assert_close(*(read_file(folder / "gradients.safetensors")[0] for folder in (one, two)))
     for path, scores in alone["metrics"].items():
         assert together["metrics"][path]["pacc"] == pytest.approx(scores["pacc"], abs=2e-3)
+
+
+def test_metrics_of_two_processes_are_exact(data, tmp_path):
+    "With steps of no length the model is the same: five images on two ranks, each counted once."
+    still = replace(RECIPE, lr=1e-30, min_lr=1e-30, weight_decay=0.0, max_iters=2)
+    alone, together = (fit_on(n, still, tmp_path / str(n), root=data, workers=0, progress=False) for n in (1, 2))
+    assert together["processes"] == 2 and together["metrics"] == alone["metrics"]
 
 
 @pytest.mark.parametrize("setting", ["inductive", "fully_supervised"])
