@@ -3,7 +3,11 @@ import torch
 import torch.nn.functional as F
 
 from otseg.clip import visual_tower
+from otseg.data import Benchmark, normalize
+from otseg.inference import WEIGHTS
 from otseg.model import OTSeg
+from otseg.recipes import resolve
+from otseg.training import validate
 
 PATCH, SIDE, D = 8, 32, 16  # of the small CLIP: patch and native image in pixels, embedding
 K, N = 5, 3  # its classes and prompts
@@ -30,3 +34,10 @@ def small_model(kind=OTSeg, **options):
     visual = visual_tower(width=32, layers=3, heads=2, patch=PATCH, image_size=SIDE, dim=D)
     options = {"text": random_text(), "image_size": SIDE} | ({"prompts": 4} if kind is OTSeg else {}) | options
     return kind(visual, **options).eval()
+
+
+def evaluate(model, data, unseen, calibration=0.0, stride=None, paths=tuple(WEIGHTS)):
+    "Metrics of raw images {'image': (3, H, W) in [0, 1], 'label'} at their own size, through the validation of training."
+    bench = Benchmark("test", tuple(map(str, range(len(model.text)))), unseen, None, None)
+    recipe = resolve("digits", image_size=model.image_size, stride=stride or round(model.image_size * 5 / 6), calibration=calibration)
+    return validate(model, bench, recipe, [item | {"image": normalize(item["image"])} for item in data], paths)
