@@ -116,6 +116,7 @@ def test_environment_matches_settings():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["name"] == cfg["lib_name"] and environment["channels"] == ["conda-forge"]
     conda = [d for d in environment["dependencies"] if isinstance(d, str) and d != "pip"]
+    conda += [d for part in environment["dependencies"] if isinstance(part, dict) for d in part["pip"] if d != "-e ."]
     ours = [*cfg["requirements"].split(), *cfg["dev_requirements"].split(), f"python>={cfg['min_python']}"]
     assert pins(conda) == pins(ours)
 
