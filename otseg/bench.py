@@ -165,6 +165,7 @@ def transport_task(method: str, device: str, p: int, m: int, n: int, backward: b
         return T.detach()
     return run, lambda T: max((T.sum(-1) - 1 / m).abs().max().item(), (T.sum(-2) - 1 / n).abs().max().item())
 
+# %% ../nbs/17_bench.ipynb #a78c241f
 def loss_task(method: str, device: str, b: int, k: int, grid: int, side: int) -> tuple[Callable, Callable]:
     "Focal and dice loss of b images and their gradient; the number is the loss."
     torch.manual_seed(0)
@@ -183,6 +184,7 @@ def autocast(device: str, dtype: str):
     "Context of a precision, 'float32' or 'bf16'."
     return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else nullcontext()
 
+# %% ../nbs/17_bench.ipynb #b4adb79b
 def step_task(method: str, device: str, b: int, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
     "Forward, losses, backward and AdamW; the number is the loss."
     model = random_model(k, n, tokens, side, tower)
@@ -212,6 +214,7 @@ def window_task(method: str, device: str, k: int, n: int, tokens: int, side: int
             return predict_probs(model, image)
     return run, lambda prob: prob.mean().item()
 
+# %% ../nbs/17_bench.ipynb #b900b295
 def photo_task(method: str, device: str, k: int, n: int, tokens: int, side: int, size: tuple[int, int], tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
     "Labels of a photograph of `size`, read with its short side at `side`; the number is the share of the first class's pixels."
     model, scale = random_model(k, n, tokens, side, tower).to(device).eval(), side / min(size)
@@ -276,6 +279,7 @@ def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> 
         found["seconds"].append(time.perf_counter() - start)
     return found
 
+# %% ../nbs/17_bench.ipynb #eeb5238d
 def measure(
     task: str,  # of TASKS
     method: str,  # "ours", "plain" or another that the task knows

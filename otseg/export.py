@@ -127,6 +127,7 @@ def export_onnx(
     partial_file.replace(out)
     return errors
 
+# %% ../nbs/16_export.ipynb #d0bd8b9e
 def label(path: Path, classes: Sequence[str]):
     "Write the class names into the file's metadata, one per line."
     onnx = need("onnx")

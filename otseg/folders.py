@@ -261,7 +261,6 @@ def describe(
 
 # %% ../nbs/06_folders.ipynb #2c80e76a
 def check_ids(
-    dataset: str,  # a key of LAYOUTS, or folder
     first: int,  # id of the first class
     counts: Tensor,  # (256,) pixels of each id in the sample
     maps: int,  # label maps in the sample
@@ -277,6 +276,7 @@ def check_ids(
         problems.append("no pixel of the sample has a class")
     return problems
 
+# %% ../nbs/06_folders.ipynb #a9aad8e6
 def check_part(
     dataset: str,  # a key of LAYOUTS, or folder
     split: str,  # 'train' or 'val'
@@ -304,7 +304,7 @@ def check_part(
         else:
             counts += read_ids(data.files[i][1]).flatten().long().bincount(minlength=256)
     problems += list(faults)[:3] + [f"{len(faults) - 3} more of the {len(some)} opened pairs have such a fault"] * (len(faults) > 3)
-    return problems + check_ids(dataset, first, counts, len(some))
+    return problems + check_ids(first, counts, len(some))
 
 # %% ../nbs/06_folders.ipynb #d9aadb02
 def check(

@@ -91,6 +91,7 @@ def calibrated(k: int, seen: Iterable[int] | None, calibration: float) -> Tensor
         lower[torch.tensor([int(i) for i in seen], dtype=torch.long)] = calibration
     return lower
 
+# %% ../nbs/11_inference.ipynb #6d07f526
 @torch.no_grad()
 def predict_probs(
     model: nn.Module,  # OTSeg in eval mode

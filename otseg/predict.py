@@ -462,6 +462,7 @@ def window_maps(
             count[y : y + h, x : x + w] += 1
     return {name: (a / count).cpu() if name in ("plan", "score") else (a / count)[:, 0].cpu() for name, a in total.items()}
 
+# %% ../nbs/14_predict.ipynb #aad17ca9
 def explain(
     seg: Segmenter,
     image,  # one image, as for `seg`

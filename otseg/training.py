@@ -145,6 +145,7 @@ class Run:
         "Whether this process is the one that writes."
         return self.accelerator.is_main_process
 
+# %% ../nbs/10_training.ipynb #83b6921c
 def step(
     run: Run,
     batch: dict[str, Tensor],  # this process's images and labels, on its device
@@ -194,6 +195,7 @@ def finite_weights(model: OTSeg, iteration: int) -> dict[str, Tensor]:
         raise FloatingPointError(f"{bad[0]} is not finite after iteration {iteration}: it was not saved; a smaller lr, or precision = 'no', may help")
     return weights
 
+# %% ../nbs/10_training.ipynb #b3ab1884
 def read_checkpoint(
     path: Path,  # of the .safetensors file
 ) -> tuple[dict[str, Tensor], dict]:  # weights, header
@@ -259,6 +261,7 @@ def load(
             raise ValueError(f"{path} does not fit {recipe.clip}: {(unexpected or missing)[0]} is {'unknown' if unexpected else 'missing'}")
     return model.eval(), recipe, bench
 
+# %% ../nbs/10_training.ipynb #5aa4b5a0
 def check_official(path, config: dict, own: Benchmark):
     "Refuse an official checkpoint that was trained for other classes than the named dataset has, as far as it tells."
     k, names = len(own.classes), config["classes"]
@@ -298,6 +301,7 @@ def random_states(run: Run) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
     return {f"random.{name}": run.accelerator.gather(s.to(device)[None]).cpu() for name, s in states.items()}
 
+# %% ../nbs/10_training.ipynb #68df01ff
 def save_state(run: Run, progress: Progress):
     "Write the state of a run. Raises FloatingPointError, OSError."
     tensors = random_states(run)
@@ -314,6 +318,7 @@ def save_state(run: Run, progress: Progress):
     about = describe_run(run.recipe, run.bench, progress.t) | {"progress": {name: getattr(progress, name) for name in ("t", "seconds", "best", "skipped")}, "scaler": scaler, "processes": run.accelerator.num_processes}
     write_state(run.out / "states", progress.t, tensors, about)
 
+# %% ../nbs/10_training.ipynb #4599fcc8
 def restore(run: Run) -> Progress:
     "Go on from the newest intact state in the run's folder, if there is one. Raises ValueError for another recipe."
     found = newest_state(run.out / "states")
@@ -455,6 +460,7 @@ def ignore_ctrl_c(worker: int):
     "Reading processes leave Ctrl-C to the loop."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+# %% ../nbs/10_training.ipynb #298947c8
 def loop(run: Run, log: Log, progress: Progress):
     "Train from where the run is to the end. Raises SystemExit or KeyboardInterrupt where it was asked to stop; the state is saved then."
     r, acc = run.recipe, run.accelerator
@@ -484,6 +490,7 @@ def loop(run: Run, log: Log, progress: Progress):
             if asked and t < r.max_iters:
                 raise (KeyboardInterrupt if stop.asked == signal.SIGINT else SystemExit)(f"stopped after iteration {t} of {r.max_iters}; the same command goes on from there")
 
+# %% ../nbs/10_training.ipynb #9b9de77c
 def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
     "Whether any process was asked to stop; several processes agree on it every ten iterations."
     if run.accelerator.num_processes == 1:
@@ -519,6 +526,7 @@ def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) 
         workers = 0 if recipe.dataset == "digits" else min(8, os.cpu_count() or 1)
     return Run(recipe, bench, out, accelerator, model, net, opt, Crops(train, recipe, table), Whole(val, recipe), per_device or recipe.batch, workers, progress, model.text[rows])
 
+# %% ../nbs/10_training.ipynb #5cd99f05
 def prepare_folder(out: Path, resume: bool):
     "Make the folder of a run, and see that files can be written there. Raises OSError."
     try:
@@ -530,6 +538,7 @@ def prepare_folder(out: Path, resume: bool):
     except OSError as e:
         raise OSError(f"nothing can be written to {out} ({e.strerror}): choose another folder as out") from e
 
+# %% ../nbs/10_training.ipynb #badc576d
 def fit(
     recipe: Recipe,  # from `resolve`
     out: str | Path,  # folder for checkpoints, log.jsonl and record.json; made if it does not exist
@@ -664,6 +673,7 @@ def main(args: list[str] | None = None) -> dict:
     show(record)
     return record
 
+# %% ../nbs/10_training.ipynb #011cfa22
 def show(record: dict):
     "Print the table of a record, percent."
     from otseg.viz import markdown, metrics_table
@@ -671,6 +681,7 @@ def show(record: dict):
     if int(os.environ.get("RANK", 0)) == 0:
         print(markdown(metrics_table(record)))
 
+# %% ../nbs/10_training.ipynb #ea14e8e1
 def evaluate_main(args: list[str] | None = None) -> dict:
     "Evaluate a checkpoint: CHECKPOINT [--target DATASET] [--root ROOT] [options]"
     parser = argparse.ArgumentParser(prog="otseg evaluate", description="Evaluate a checkpoint of otseg, or an official one, on its own dataset or on another.")

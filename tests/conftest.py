@@ -2,6 +2,7 @@ import os
 import tempfile
 
 import matplotlib
+import pytest
 import torch
 
 os.environ.setdefault("OTSEG_CACHE", tempfile.mkdtemp(prefix="otseg-cache-"))
@@ -12,3 +13,14 @@ torch.set_num_threads(1)  # the models of the tests are small: more threads only
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes over ten seconds; leave out with -m 'not slow'")
+
+
+@pytest.fixture(scope="session")
+def forest(tmp_path_factory):
+    "A miniature of every layout, which no test changes; the folder of one's own is `mine`."
+    import trees
+
+    root = tmp_path_factory.mktemp("data")
+    for name, write in trees.WRITERS.items():
+        write(root / "mine" if name == "folder" else root)
+    return root

@@ -16,14 +16,6 @@ SMALL = dict(clip="digits_clip", image_size=48, stride=32, short_side=48, long_s
 OWN = {"ade": {"unseen": "wall, sky"}}  # no unseen classes of its own
 
 
-@pytest.fixture(scope="module")
-def forest(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for name, write in trees.WRITERS.items():
-        write(root / "mine" if name == "folder" else root)
-    return root
-
-
 def place(forest, dataset):
     return forest / "mine" if dataset == "folder" else forest
 

@@ -20,14 +20,6 @@ COUNTS = {"voc": (8, 4), "context": (4, 4), "coco": (4, 4), "ade": (4, 4), "fold
 CLASSES = {"voc": (20, 5), "context": (59, 10), "coco": (171, 15), "ade": (150, 0), "folder": (3, 1)}
 
 
-@pytest.fixture(scope="module")
-def forest(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for name, write in trees.WRITERS.items():
-        write(root / "mine" if name == "folder" else root)
-    return root
-
-
 def open_one(forest, dataset):
     return load_benchmark(dataset, root=forest / "mine" if dataset == "folder" else forest)
 
