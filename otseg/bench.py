@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PATIENCE', 'SIZES', 'plain_plan', 'plain_mask_loss', 'PlainEncoder', 'PlainOTSeg', 'plain',
-           'plain_training_loss', 'blocks_of_labels', 'random_model', 'transport_task', 'loss_task', 'autocast',
-           'step_task', 'window_task', 'photo_task', 'agreement_task', 'memory', 'measure_here', 'measure', 'compare',
-           'table', 'check_parameters', 'machine']
+           'plain_training_loss', 'blocks_of_labels', 'random_model', 'ott_plans', 'transport_task', 'loss_task',
+           'autocast', 'step_task', 'loading_task', 'window_task', 'photo_task', 'agreement_task', 'memory',
+           'measure_here', 'measure', 'compare', 'table', 'check_parameters', 'machine']
 
-# %% ../nbs/17_bench.ipynb #3db74656
+# %% ../nbs/17_bench.ipynb #ccb90959
 import copy
 import gc
 import importlib.util
@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -28,14 +29,18 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.io import write_jpeg, write_png
 
 from .clip import ImageEncoder, visual_tower
+from .data import Crops
+from .folders import Files
 from .inference import predict_paths, predict_probs
 from .losses import IGNORE, mask_loss, training_loss
 from .model import Masks, OTSeg
 from .mps import cosine, plan_score
 from .mpsa import PlanScore
 from .ot import sinkhorn
+from .recipes import resolve
 
 # %% ../nbs/17_bench.ipynb #ef3a358c
 def plain_plan(
@@ -134,7 +139,28 @@ def random_model(
     text = F.normalize(torch.randn(k, n, d), dim=-1)
     return OTSeg(visual_tower(width, layers, heads, 16, 224, d), text, side, tokens, identity=True)
 
-# %% ../nbs/17_bench.ipynb #67464d1c
+# %% ../nbs/17_bench.ipynb #ddc05371
+def ott_plans(C, weight) -> Callable:
+    "Plans and their gradient, unrolled, compiled by JAX for the CPU, from arrays (p, m, n)."
+    import jax
+    from ott.geometry.geometry import Geometry
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    plan = lambda C: Sinkhorn(threshold=1e-6, implicit_diff=None, max_iterations=100)(LinearProblem(Geometry(C, epsilon=0.05, scale_cost=1.0))).matrix
+
+    def total(C):
+        T = jax.vmap(plan)(C)
+        return (T * weight).sum(), T
+
+    compiled = jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    def run():
+        (_, T), grad = compiled(C)
+        grad.block_until_ready()
+        return torch.from_numpy(jax.device_get(T).copy())
+    return run
+
 def transport_task(method: str, device: str, p: int, m: int, n: int, backward: bool = True) -> tuple[Callable, Callable]:
     "Plans of p problems of m x n and their gradient; the number is the largest error of a marginal."
     torch.manual_seed(0)
@@ -149,6 +175,9 @@ def transport_task(method: str, device: str, p: int, m: int, n: int, backward: b
         import geomloss.ot
 
         solve = lambda C: geomloss.ot.solve_batch(C, reg=0.05, max_iter=100).plan
+    elif method == "OTT-JAX":
+        run = ott_plans(C.numpy(), weight.numpy())
+        return run, lambda T: max((T.sum(-1) - 1 / m).abs().max().item(), (T.sum(-2) - 1 / n).abs().max().item())
     elif method == "tensor code":
         import otseg.ot
 
@@ -184,24 +213,37 @@ def autocast(device: str, dtype: str):
     "Context of a precision, 'float32' or 'bf16'."
     return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else nullcontext()
 
-# %% ../nbs/17_bench.ipynb #b4adb79b
-def step_task(method: str, device: str, b: int, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
+# %% ../nbs/17_bench.ipynb #9d954ce9
+def step_task(method: str, device: str, b: int, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32", compiled: bool = False) -> tuple[Callable, Callable]:
     "Forward, losses, backward and AdamW; the number is the loss."
     model = random_model(k, n, tokens, side, tower)
     model = (plain(model) if method == "plain" else model).to(device).train()
     image, label = torch.randn(b, 3, side, side).to(device), blocks_of_labels(b, side, k).to(device)
     optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.0)
     losses = plain_training_loss if method == "plain" else training_loss
+    net = torch.compile(model, dynamic=False) if compiled else model
 
     def run():
         with autocast(device, dtype):
-            masks = model(image)
+            masks = net(image)
         total = sum(losses(masks, label).values())
         total.backward()
         optimiser.step()
         optimiser.zero_grad()
         return total.detach()
     return run, Tensor.item
+
+def loading_task(method: str, device: str, images: int, size: tuple[int, int], side: int) -> tuple[Callable, Callable]:
+    "COCO-Stuff's training crops of images of `size`, read by one process from JPEG and PNG files; the number is the crops' count."
+    folder, made, files = tempfile.TemporaryDirectory(), torch.Generator().manual_seed(0), []
+    for i in range(images):
+        files.append((Path(folder.name, f"{i}.jpg"), Path(folder.name, f"{i}.png")))
+        for path, channels, highest, mode in zip(files[-1], (3, 1), (256, 171), ("bicubic", "nearest")):
+            coarse = torch.randint(highest, (1, channels, 15, 20), generator=made).float()
+            full = F.interpolate(coarse, size=size, mode=mode)[0].clamp(0, 255).byte()
+            write_png(full, str(path)) if channels == 1 else write_jpeg(full, str(path), quality=90)
+    crops = Crops(Files(files, torch.arange(256)), resolve("coco", image_size=side, short_side=min(size)), torch.arange(256))
+    return lambda: (folder, [crops[0, i] for i in range(images)]), lambda found: len(found[1])
 
 def window_task(method: str, device: str, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
     "Probabilities of one window; the number is their mean."
@@ -214,7 +256,7 @@ def window_task(method: str, device: str, k: int, n: int, tokens: int, side: int
             return predict_probs(model, image)
     return run, lambda prob: prob.mean().item()
 
-# %% ../nbs/17_bench.ipynb #b900b295
+# %% ../nbs/17_bench.ipynb #7e04bdd6
 def photo_task(method: str, device: str, k: int, n: int, tokens: int, side: int, size: tuple[int, int], tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
     "Labels of a photograph of `size`, read with its short side at `side`; the number is the share of the first class's pixels."
     model, scale = random_model(k, n, tokens, side, tower).to(device).eval(), side / min(size)
@@ -230,10 +272,9 @@ def photo_task(method: str, device: str, k: int, n: int, tokens: int, side: int,
 def agreement_task(method: str, device: str, images: int) -> tuple[Callable, Callable]:
     "Labels of the digits benchmark's validation images in bf16; the number is the share of pixels with the same label in float32."
     from otseg.data import load_benchmark, normalize
-    from otseg.recipes import RECIPES
     from otseg.training import build
 
-    recipe, bench = RECIPES["digits", "inductive"], load_benchmark("digits")
+    recipe, bench = resolve("digits"), load_benchmark("digits")
     torch.manual_seed(0)
     model, data = build(recipe, bench).to(device).eval(), bench.images("val")
     batch = normalize(torch.stack([data[i]["image"] for i in range(images)]).to(device))
@@ -244,9 +285,9 @@ def agreement_task(method: str, device: str, images: int) -> tuple[Callable, Cal
             return predict_paths(model, batch, ("ensemble",))["ensemble"]
     return run, lambda pred: (pred == exact).float().mean().item()
 
-TASKS = {"transport": transport_task, "mask loss": loss_task, "step": step_task, "window": window_task, "photo": photo_task, "agreement": agreement_task}
+TASKS = {"transport": transport_task, "mask loss": loss_task, "step": step_task, "window": window_task, "photo": photo_task, "agreement": agreement_task, "loading": loading_task}
 
-# %% ../nbs/17_bench.ipynb #045565db
+# %% ../nbs/17_bench.ipynb #8310eb09
 def memory(device: str, reset: bool = False) -> tuple[float, float]:
     "Memory in use now and at its highest since the last reset, MB."
     if device != "cpu":
@@ -279,7 +320,7 @@ def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> 
         found["seconds"].append(time.perf_counter() - start)
     return found
 
-# %% ../nbs/17_bench.ipynb #eeb5238d
+# %% ../nbs/17_bench.ipynb #390a7e0a
 def measure(
     task: str,  # of TASKS
     method: str,  # "ours", "plain" or another that the task knows
@@ -293,7 +334,7 @@ def measure(
     row = {"task": task, "method": method, "device": device, "repeats": repeats, **sizes}
     if device != "cpu" and not torch.cuda.is_available():
         return row | {"note": "not run: no GPU"}
-    package = {"POT": "ot", "GeomLoss": "geomloss"}.get(method)
+    package = {"POT": "ot", "GeomLoss": "geomloss", "OTT-JAX": "ott"}.get(method)
     if package and not importlib.util.find_spec(package):
         return row | {"note": f"not run: {method} is not installed"}
     context = multiprocessing.get_context("forkserver")
@@ -356,7 +397,7 @@ def machine(device: str) -> dict:
     return {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
 
-# %% ../nbs/17_bench.ipynb #4297c46c
+# %% ../nbs/17_bench.ipynb #4f8f23b0
 SIZES = {
     "full": {
         "transport": dict(p=156, m=1024, n=8),
@@ -365,6 +406,7 @@ SIZES = {
         "window": {"COCO-Stuff": dict(k=171, n=8, tokens=100, side=512), "VOC": dict(k=20, n=6, tokens=10, side=512)},
         "photo": dict(k=171, n=8, tokens=100, side=512, size=(1500, 2000)),
         "agreement": dict(images=24),
+        "loading": dict(images=32, size=(480, 640), side=512),
         "growth": {"p": (15, 60, 156), "m": (256, 576, 1024, 2304), "n": (1, 2, 4, 8), "k": (15, 60, 156), "b": (1, 2)},
     },
     "tiny": {
@@ -374,6 +416,7 @@ SIZES = {
         "window": {"COCO-Stuff": dict(k=6, n=3, tokens=4, side=64, tower="tiny")},
         "photo": dict(k=6, n=3, tokens=4, side=64, size=(96, 128), tower="tiny"),
         "agreement": dict(images=2),
+        "loading": dict(images=2, size=(48, 64), side=32),
         "growth": {"p": (3, 6), "m": (32, 64), "n": (2, 4), "k": (3, 6), "b": (1, 2)},
     },
 }

@@ -60,7 +60,7 @@ def test_the_notebook(tmp_path):
     done, _ = papermill("benchmark", tmp_path, sizes="tiny", repeats=1, out=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "benchmarks/cpu.csv").open()))
-    assert {row["task"] for row in rows} == {"transport", "mask loss", "step", "window", "photo", "agreement"}
+    assert {row["task"] for row in rows} == {"transport", "mask loss", "step", "window", "photo", "agreement", "loading"}
     assert all(row["note"].startswith("not run") or float(row["median"]) > 0 for row in rows)
     assert "papermill nbs/benchmark.ipynb" in json.loads((tmp_path / "benchmarks/cpu.json").read_text())["command"]
     assert {p.name for p in (tmp_path / "figures").glob("*.png")} == {"benchmark_cpu.png", "benchmark_growth_cpu.png"}
