@@ -74,10 +74,11 @@ class Graph(nn.Module):
         groups = seg.groups(classes)
         self.classes, self.weight, self.pixels = tuple(groups), weight, seg.recipe.pixels
         self.model = with_words(seg.model, seg.embeddings(groups)).cpu()
-        self.plan = partial(fixed_plan, steps=steps) if steps else sinkhorn
+        fixed = partial(fixed_plan, steps=steps) if steps else sinkhorn
+        self.plan = fixed if self.model.transport is sinkhorn else self.model.transport
         for module in self.model.modules():
             if isinstance(module, PlanScore) and module.plan is sinkhorn:
-                module.plan = self.plan
+                module.plan = fixed
 
     def forward(
         self,

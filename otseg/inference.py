@@ -120,7 +120,7 @@ WEIGHTS = {"mps": 0.0, "mpsa": 1.0, "ensemble": 0.5}  # path -> lambda
 def predict_paths(
     model: nn.Module,  # OTSeg in eval mode
     image: Tensor,  # normalised (b, 3, H, W)
-    paths: Iterable[str] = tuple(WEIGHTS),  # of WEIGHTS
+    paths: Iterable = tuple(WEIGHTS),  # of WEIGHTS, or numbers lambda
     seen: Iterable[int] | None = None,  # classes that the calibration lowers; None: none
     calibration: float = 0.1,  # in units of probability
     window: int | None = None,  # pixels; the model's image size by default
@@ -130,15 +130,15 @@ def predict_paths(
     "Predicted class of each pixel by each path."
     window = model.image_size if window is None else window
     corners, masks = window_masks(model, image, window, round(window * 5 / 6) if stride is None else stride)
-    if wrong := [path for path in paths if path not in WEIGHTS]:
-        raise ValueError(f"path {wrong[0]!r} is not one of {', '.join(WEIGHTS)}")
+    if wrong := [path for path in paths if isinstance(path, str) and path not in WEIGHTS]:
+        raise ValueError(f"path {wrong[0]!r} is not one of {', '.join(WEIGHTS)}, nor a number")
     image_size, lower = tuple(image.shape[-2:]), calibrated(masks.mps.shape[2], seen, calibration)
     size = image_size if size is None else tuple(size)
     pred = {}
     for path in paths:
         best = torch.full((len(image), *size), -torch.inf, device=image.device)
         pred[path] = torch.zeros_like(best, dtype=torch.long)
-        for part, prob in class_maps(corners, masks, image_size, model.encoder.visual.patch_size, WEIGHTS[path], lower, size):
+        for part, prob in class_maps(corners, masks, image_size, model.encoder.visual.patch_size, WEIGHTS.get(path, path), lower, size):
             for i, p in enumerate(prob.unbind(1), part.start):
                 pred[path].masked_fill_(p > best, i)
                 torch.maximum(best, p, out=best)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RelationshipDescriptor', 'Masks', 'check_text', 'OTSeg', 'DenseCLIP']
 
-# %% ../nbs/04_model.ipynb #4764fbb0
+# %% ../nbs/04_model.ipynb #b6718dfa
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .clip import ImageEncoder, visual_tower
 from .mps import cosine, score_map
 from .mpsa import Decoder, start_from_identity
-from .ot import sinkhorn
+from .ot import PLANS
 
 # %% ../nbs/04_model.ipynb #ec09d10d
 class RelationshipDescriptor(nn.Module):
@@ -50,7 +50,7 @@ class Masks(NamedTuple):
     mps: Tensor  # transport of the pixels to the class queries, no weights
     mpsa: Tensor  # transport inside the decoder
 
-# %% ../nbs/04_model.ipynb #3730d996
+# %% ../nbs/04_model.ipynb #90cf3208
 def check_text(text: Tensor, d: int) -> Tensor:
     "The class embeddings, or a ValueError that says what is wrong with them."
     if text.dim() != 3 or text.shape[-1] != d:
@@ -69,15 +69,16 @@ class OTSeg(nn.Module):
         depth: int = 3,  # decoder layers
         attention: str = "mpsa",  # the decoder's attention, one of `otseg.mpsa.ATTENTIONS`
         eps: float = 0.05,  # entropic regularisation of both paths
+        marginals: str = "both",  # what the plans of both paths keep, one of `otseg.ot.PLANS`
         dropout: float = 0.1,  # on visual prompts and in the decoder
         identity: bool = False,  # start descriptor and decoder from CLIP's own cosines instead of random projections
     ):
         super().__init__()
         d = visual.output_dim
-        self.image_size, self.eps = image_size, eps
+        self.image_size, self.eps, self.transport = image_size, eps, PLANS[marginals]
         self.encoder = ImageEncoder(visual, prompts, dropout)
         self.descriptor = RelationshipDescriptor(d, identity)
-        self.decoder = Decoder(d, depth, attention, eps, dropout)
+        self.decoder = Decoder(d, depth, attention, eps, dropout, plan=self.transport)
         if identity:
             start_from_identity(self.decoder)
         self.register_buffer("text", check_text(text, d).clone())
@@ -89,7 +90,7 @@ class OTSeg(nn.Module):
     ) -> Masks:  # logits (b, k, h, w) of both paths
         "Mask logits of both paths for each class of `text`."
         x, q, grid = self.embed(image, text)
-        return Masks(score_map(x, q, self.eps).unflatten(-1, grid), self.decoder(q, x).unflatten(-1, grid))
+        return Masks(score_map(x, q, self.eps, self.transport).unflatten(-1, grid), self.decoder(q, x).unflatten(-1, grid))
 
     def embed(self, image: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor, tuple[int, int]]:
         "Pixels x (b, m, d), class queries q (b, k, n, d) and the token grid (h, w): what both paths read."
@@ -100,7 +101,7 @@ class OTSeg(nn.Module):
     def plan(self, image: Tensor, text: Tensor | None = None) -> Tensor:
         "Transport plan (b, k, h, w, n) of the path without weights: which part of the image each prompt takes."
         x, q, grid = self.embed(image, text)
-        return sinkhorn(1 - cosine(x, q), eps=self.eps).unflatten(2, grid)
+        return self.transport(1 - cosine(x, q), eps=self.eps).unflatten(2, grid)
 
     def trainable_state(self) -> dict[str, Tensor]:
         "The weights that learn, by name: all that a checkpoint needs beside CLIP and the class embeddings."

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['cosine', 'score_map', 'plan_score']
 
-# %% ../nbs/01_mps.ipynb #05daeb5e
+# %% ../nbs/01_mps.ipynb #4615a8c7
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +27,16 @@ def cosine(
         x, q = F.normalize(x.to(wide), dim=-1), F.normalize(q.to(wide), dim=-1)
         return (q.flatten(1, 2) @ x.mT).unflatten(1, q.shape[1:3]).mT  # (b, k, m, n)
 
-# %% ../nbs/01_mps.ipynb #8939f87e
+# %% ../nbs/01_mps.ipynb #62ad7e04
 def score_map(
     x: Tensor,  # patch embeddings (b, m, d)
     q: Tensor,  # class queries (b, k, n, d)
     eps: float = 0.05,  # entropic regularisation, in units of the cosine
+    plan: Callable = sinkhorn,  # (cost, eps=) -> plan, one of `otseg.ot.PLANS`
 ) -> Tensor:  # score of each class at each pixel (b, k, m)
     "Multi-Prompts Sinkhorn score (Section 3.2 of the paper): pixels transported to the prompts of each class."
     S = cosine(x, q)
-    T = sinkhorn(1 - S, eps=eps)
-    return plan_score(S, T)
+    return plan_score(S, plan(1 - S, eps=eps))
 
 # %% ../nbs/01_mps.ipynb #702bd8d6
 def plan_score(

@@ -24,7 +24,7 @@ def uniform_plan(
     "The plan that does not look at the cost: what is left of the method without transport."
     return torch.full_like(C, 1 / (C.shape[-2] * C.shape[-1]))
 
-# %% ../nbs/02_mpsa.ipynb #24934982
+# %% ../nbs/02_mpsa.ipynb #6d7c13ad
 class PlanScore(nn.Module):
     "Projected queries and keys, their transport plan and the score of each class at each pixel."
 
@@ -32,7 +32,7 @@ class PlanScore(nn.Module):
         self,
         d: int,  # embedding size
         eps: float = 0.05,  # entropic regularisation
-        plan: Callable = sinkhorn,  # (cost, eps=) -> plan; `uniform_plan` switches the transport off
+        plan: Callable = sinkhorn,  # (cost, eps=) -> plan, one of `otseg.ot.PLANS`; `uniform_plan` switches the transport off
     ):
         super().__init__()
         self.q, self.k = nn.Linear(d, d), nn.Linear(d, d)
@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
         out = self.linear2(self.dropout(self.linear1(q).relu()))
         return self.norm2(q + self.dropout(out)), score
 
-# %% ../nbs/02_mpsa.ipynb #71d1053d
+# %% ../nbs/02_mpsa.ipynb #84ddc672
 class Decoder(nn.Module):
     "Class queries refined layer by layer, and the mask logits from all the layers' scores."
 
@@ -155,13 +155,14 @@ class Decoder(nn.Module):
         eps: float = 0.05,  # entropic regularisation
         dropout: float = 0.1,  # everywhere in the decoder
         heads: int = 8,  # of softmax attention; transport has one
+        plan: Callable = sinkhorn,  # of "mpsa": (cost, eps=) -> plan
     ):
         super().__init__()
         if attention not in ATTENTIONS:
             raise ValueError(f"attention = {attention!r} is not one of {', '.join(ATTENTIONS)}")
         if depth < 1:
             raise ValueError(f"depth = {depth}: a decoder has at least the last layer's score")
-        layer, last = ATTENTIONS[attention](d, eps, dropout, heads)
+        layer, last = ATTENTIONS[attention](d, eps, dropout, heads, plan)
         self.layers = nn.ModuleList(DecoderLayer(layer(), d, dropout) for _ in range(depth - 1))
         self.score = last()
 
@@ -178,10 +179,10 @@ class Decoder(nn.Module):
         score = self.score(q, x)
         return score * torch.stack(log_agreement).mean(0).exp() if log_agreement else score
 
-ATTENTIONS = {  # name -> (d, eps, dropout, heads) -> constructors of a layer's attention and of the last layer's score
-    "mpsa": lambda d, eps, dropout, heads: (lambda: MPSA(d, eps, dropout), lambda: PlanScore(d, eps)),
-    "uniform": lambda d, eps, dropout, heads: (lambda: MPSA(d, eps, dropout, uniform_plan), lambda: PlanScore(d, eps, uniform_plan)),
-    "softmax": lambda d, eps, dropout, heads: (lambda: SoftmaxAttention(d, heads, dropout), lambda: SoftmaxScore(d, heads)),
+ATTENTIONS = {  # name -> (d, eps, dropout, heads, plan) -> constructors of a layer's attention and of the last layer's score
+    "mpsa": lambda d, eps, dropout, heads, plan: (lambda: MPSA(d, eps, dropout, plan), lambda: PlanScore(d, eps, plan)),
+    "uniform": lambda d, eps, dropout, heads, plan: (lambda: MPSA(d, eps, dropout, uniform_plan), lambda: PlanScore(d, eps, uniform_plan)),
+    "softmax": lambda d, eps, dropout, heads, plan: (lambda: SoftmaxAttention(d, heads, dropout), lambda: SoftmaxScore(d, heads)),
 }
 
 # %% ../nbs/02_mpsa.ipynb #24665146

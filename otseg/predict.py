@@ -36,7 +36,6 @@ from .inference import predict_probs, window_starts
 from .model import OTSeg
 from .mps import cosine
 from .mpsa import PlanScore
-from .ot import sinkhorn
 from .recipes import Recipe, resolve
 
 # %% ../nbs/14_predict.ipynb #6be5abff
@@ -454,7 +453,7 @@ def window_maps(
             h, w = crop.shape[-2:]
             tokens, q, grid = model.embed(F.pad(crop, (0, -w % t, 0, -h % s)))
             S = cosine(tokens, q[:, shown])  # (1, r, m, n)
-            plan = S.shape[-2] * S.shape[-1] * sinkhorn(1 - S, eps=model.eps)
+            plan = S.shape[-2] * S.shape[-1] * model.transport(1 - S, eps=model.eps)
             maps = {"plan": plan.mT, "score": (plan * S).mT, "mps": (plan * S).sum(-1)[..., None, :], "mpsa": model.decoder(q, tokens)[:, shown, None]}
             for name, a in maps.items():
                 large = F.interpolate(a[0].unflatten(-1, grid), scale_factor=(s, t), mode="bilinear", align_corners=False)

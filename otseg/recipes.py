@@ -6,15 +6,16 @@
 __all__ = ['SETTINGS', 'DATASET_RECIPES', 'SETTING_RECIPES', 'MOST', 'PRECISIONS', 'LEAST', 'RECIPES', 'Recipe', 'recipe_of',
            'change', 'resolve', 'notebook_changes', 'run_name']
 
-# %% ../nbs/09_recipes.ipynb #5c7f5749
+# %% ../nbs/09_recipes.ipynb #c99de42d
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from .clip import TEMPLATES
 from .data import PIXELS
 from .mpsa import ATTENTIONS
+from .ot import PLANS
 
-# %% ../nbs/09_recipes.ipynb #7a8c9a30
+# %% ../nbs/09_recipes.ipynb #4f18e030
 SETTINGS = ("inductive", "transductive", "fully_supervised")
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Recipe:
     attention: str = "mpsa"  # of the decoder: mpsa, uniform or softmax
     depth: int = 3  # decoder layers
     eps: float = 0.05  # entropic regularisation of both paths
+    marginals: str = "both"  # that the plans of both paths keep: both, pixels (softmax over the prompts) or prompts (softmax over the pixels)
     prompts: int = 10  # visual prompt tokens in each block
     templates: int = 8  # text prompts per class, the first so many of `otseg.clip.TEMPLATES`
     dropout: float = 0.1  # on visual prompts and in the decoder
@@ -92,7 +94,7 @@ def recipe_of(dataset: str, setting: str) -> Recipe:
 
 RECIPES = {(dataset, setting): recipe_of(dataset, setting) for dataset in DATASET_RECIPES for setting in SETTINGS}
 
-# %% ../nbs/09_recipes.ipynb #5773d85b
+# %% ../nbs/09_recipes.ipynb #a58dc096
 def change(
     recipe: Recipe,
     **changes,  # fields of Recipe to change
@@ -109,6 +111,7 @@ def change(
     recipe = replace(recipe, **changes)
     limits = {
         "attention": (recipe.attention in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
+        "marginals": (recipe.marginals in PLANS, f"one of {', '.join(PLANS)}"),
         "pixels": (recipe.pixels in PIXELS, f"one of {', '.join(PIXELS)}"), "flip": (0 <= recipe.flip <= 1, "in [0, 1]"),
         "max_scale": (recipe.max_scale >= recipe.min_scale, f"at least min_scale = {recipe.min_scale}"),
         "precision": (recipe.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),

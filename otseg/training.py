@@ -74,7 +74,7 @@ def build(
     "The model that a recipe describes."
     clip = bench.clip()
     text = text_of(recipe, bench, clip)
-    return OTSeg(clip.visual, text, recipe.image_size, recipe.prompts, recipe.depth, recipe.attention, recipe.eps, recipe.dropout, recipe.identity)
+    return OTSeg(clip.visual, text, recipe.image_size, recipe.prompts, recipe.depth, recipe.attention, recipe.eps, recipe.marginals, recipe.dropout, recipe.identity)
 
 # %% ../nbs/10_training.ipynb #2222b2f6
 @torch.no_grad()
@@ -352,7 +352,7 @@ def validate(
     bench: Benchmark,
     recipe: Recipe,  # stride, calibration
     data,  # `Whole` images
-    paths: tuple[str, ...] = tuple(WEIGHTS),  # of WEIGHTS
+    paths: tuple = tuple(WEIGHTS),  # of WEIGHTS, or numbers lambda
     accelerator: Accelerator | None = None,  # of a run with several processes
     workers: int = 0,  # processes that read images
     progress: bool = False,  # show a bar
@@ -610,7 +610,7 @@ def evaluate_checkpoint(
     setting: str = "inductive",  # and how
     clip: str | None = None,  # and its CLIP, open_clip's name; None: the recipe's
     images: int | None = None,  # number of images, evenly spread; None: all
-    paths: tuple[str, ...] = tuple(WEIGHTS),
+    paths: tuple = tuple(WEIGHTS),  # of WEIGHTS, or numbers lambda
     baseline: bool = True,  # measure CLIP itself as well
     workers: int | None = None,  # processes that read images; None: chosen
     progress: bool = True,  # show bars
