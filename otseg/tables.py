@@ -133,22 +133,25 @@ def scores(
     runs: pd.DataFrame,  # from `wanted`
     paths: tuple[str, ...] = ("mps", "mpsa", "ensemble"),
     folder: Path | None = None,  # of the records
-) -> pd.DataFrame:  # labels, seed, run, path, and pAcc, S, U, hIoU in percent; a run without record has none
+) -> pd.DataFrame:  # labels, seed, run, path, and pAcc, S, U, hIoU, mIoU in percent; a run without record has none
     "What the records say, run by run."
     rows = []
     for run in runs.drop(columns="recipe").to_dict("records"):
         record = kept(run["run"], folder=folder)
         for path in paths:
             found = (record or {"metrics": {}})["metrics"].get(path, {})
-            rows.append(run | {"path": path} | {title: 100 * found[m] if found.get(m) is not None else np.nan for m, title in METRICS.items()})
+            every = pd.Series(found.get("iou", {}), dtype=float)  # classes that do not occur have none
+            values = {title: found.get(m) for m, title in METRICS.items()} | {"mIoU": every.mean()}
+            rows.append(run | {"path": path} | {title: 100 * v if v is not None else np.nan for title, v in values.items()})
     return pd.DataFrame(rows)
 
 def summary(
     scores: pd.DataFrame,  # from `scores`
     by: list[str],  # columns that say which runs belong together
+    metrics: tuple[str, ...] = tuple(METRICS.values()),  # columns to average, mIoU say
 ) -> pd.DataFrame:  # long: by, metric, mean, sd, runs, records; percent
     "Mean and standard deviation over the seeds. A group without a record has mean NaN and no runs."
-    long = scores.melt([*by, "run"], list(METRICS.values()), "metric", "value")
+    long = scores.melt([*by, "run"], list(metrics), "metric", "value")
     there = long.dropna(subset="value").groupby([*by, "metric"], sort=False)
     found = there["value"].agg(mean="mean", sd="std", runs="size").join(there["run"].agg(";".join).rename("records"))
     every = long[[*by, "metric"]].drop_duplicates()
@@ -165,12 +168,12 @@ def cell(mean: float, sd: float, runs: int) -> str:
 
 def wide(
     summary: pd.DataFrame,  # from `summary`
-) -> pd.DataFrame:  # index: what the rows are told apart by; columns: pAcc, S, U, hIoU as text, runs
+) -> pd.DataFrame:  # index: what the rows are told apart by; columns: its metrics as text, runs
     "A table to read. What has no meaning, U where nothing is unseen, is a dash."
     by = [c for c in summary if c not in ("metric", "mean", "sd", "runs", "records")]
     ran = summary.groupby(by, sort=False)["runs"].max().rename("runs")
     text = summary.assign(cell=[cell(*row) for row in summary[["mean", "sd", "runs"]].itertuples(index=False)])
-    table = text.pivot(index=by, columns="metric", values="cell").reindex(ran.index)[list(METRICS.values())].rename_axis(columns=None)
+    table = text.pivot(index=by, columns="metric", values="cell").reindex(ran.index)[list(summary["metric"].unique())].rename_axis(columns=None)
     table = table.apply(lambda column: column.where((column != NOT_RUN) | (ran == 0), "–"))
     return table.join(ran)
 
