@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PATIENCE', 'SIZES', 'plain_plan', 'plain_mask_loss', 'PlainEncoder', 'PlainOTSeg', 'plain',
-           'plain_training_loss', 'blocks_of_labels', 'random_model', 'ott_plans', 'transport_task', 'loss_task',
-           'autocast', 'step_task', 'loading_task', 'window_task', 'photo_task', 'agreement_task', 'memory',
-           'measure_here', 'measure', 'compare', 'table', 'check_parameters', 'machine']
+           'plain_training_loss', 'blocks_of_labels', 'random_model', 'flops', 'ott_plans', 'transport_task',
+           'loss_task', 'autocast', 'step_task', 'loading_task', 'window_task', 'photo_task', 'agreement_task',
+           'memory', 'measure_here', 'measure', 'compare', 'table', 'check_parameters', 'machine']
 
 # %% ../nbs/17_bench.ipynb #ccb90959
 import copy
@@ -29,6 +29,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg, write_png
 
 from .clip import ImageEncoder, visual_tower
@@ -138,6 +140,17 @@ def random_model(
     width, layers, heads, d = (768, 12, 12, 512) if tower == "ViT-B/16" else (32, 2, 2, 16)
     text = F.normalize(torch.randn(k, n, d), dim=-1)
     return OTSeg(visual_tower(width, layers, heads, 16, 224, d), text, side, tokens, identity=True)
+
+# %% ../nbs/17_bench.ipynb #4e5dd9fb
+def flops(
+    model: OTSeg,
+    image: Tensor,  # normalised image (b, 3, H, W)
+) -> dict[str, int]:  # all, and in encoder and decoder
+    "Floating-point operations of a forward pass."
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
+    counts, name = counter.get_flop_counts(), type(model).__name__
+    return {part: sum(counts[module].values()) for part, module in (("all", name), ("encoder", f"{name}.encoder"), ("decoder", f"{name}.decoder"))}
 
 # %% ../nbs/17_bench.ipynb #ddc05371
 def ott_plans(C, weight) -> Callable:
@@ -371,14 +384,14 @@ def table(rows: list[dict]) -> pd.DataFrame:
     shown.columns = ["ms", "lowest", "highest", "peak MB", "process MB", "number", "times faster", "times smaller", "note"]
     return shown.round({"ms": 1, "lowest": 1, "highest": 1, "peak MB": 0, "process MB": 0, "times faster": 1, "times smaller": 1}).fillna("")
 
-def check_parameters(namespace: dict, before: set[str]):
+def check_parameters(namespace: dict, before: set[str], more: tuple[str, ...] = ()):
     "Refuse unknown names and values in a benchmark notebook's parameters: papermill itself only warns. Raises ValueError."
-    known = ("device", "sizes", "repeats", "out")
+    known = ("device", "sizes", "repeats", "out", *more)
     new = {name for name in namespace if name not in before and not name.startswith("_") and name != "before"}
     if wrong := sorted(new - set(known)):
         raise ValueError(f"unknown parameter {', '.join(wrong)}; this notebook takes {', '.join(known)}")
     device, sizes, repeats = (namespace[name] for name in known[:3])
-    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+    if device not in ("cpu", "cuda") or device == "cuda" and namespace.get("measure", True) and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r} but this machine offers {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}")
     if sizes not in SIZES:
         raise ValueError(f"sizes = {sizes!r} is not one of {', '.join(SIZES)}")
