@@ -44,6 +44,11 @@ class PlanScore(nn.Module):
         T = self.plan(1 - S, eps=self.eps)
         return T, plan_score(S, T)
 
+    def shares(self, q: Tensor, x: Tensor) -> Tensor:
+        "What each prompt takes of the pixels (b, k, m, n); sums to 1 over m."
+        T = self.transport(q, x)[0]
+        return T / T.sum(-2, keepdim=True)
+
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         "Score (b, k, m)."
         return self.transport(q, x)[1]
@@ -96,6 +101,10 @@ class SoftmaxScore(nn.Module):
         query = self.q(q).unflatten(-1, (self.heads, -1))  # (b, k, n, heads, d/heads)
         key = self.k(x).unflatten(-1, (self.heads, -1))  # (b, m, heads, d/heads)
         return torch.einsum("bknae,bmae->baknm", query, key) * query.shape[-1] ** -0.5
+
+    def shares(self, q: Tensor, x: Tensor) -> Tensor:
+        "What each prompt takes of the pixels (b, k, m, n), averaged over heads; sums to 1 over m."
+        return self.logits(q, x).softmax(-1).mean(1).mT
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         "Score (b, k, m)."
@@ -178,6 +187,14 @@ class Decoder(nn.Module):
             log_agreement.append(F.logsigmoid(score.float()))
         score = self.score(q, x)
         return score * torch.stack(log_agreement).mean(0).exp() if log_agreement else score
+
+    def shares(self, q: Tensor, x: Tensor) -> list[Tensor]:  # of each layer, (b, k, m, n)
+        "What the prompts of each layer take of the pixels; sums to 1 over m."
+        found = []
+        for layer in self.layers:
+            found.append(layer.attn.shares(q, x))
+            q = layer(q, x)[0]
+        return [*found, self.score.shares(q, x)]
 
 ATTENTIONS = {  # name -> (d, eps, dropout, heads, plan) -> constructors of a layer's attention and of the last layer's score
     "mpsa": lambda d, eps, dropout, heads, plan: (lambda: MPSA(d, eps, dropout, plan), lambda: PlanScore(d, eps, plan)),

@@ -469,8 +469,8 @@ def window_maps(
     image: Tensor,  # normalised (1, 3, H, W)
     shown: list[int],  # r classes
     stride: int,  # of the sliding window, pixels
-) -> dict[str, Tensor]:  # plan, score (r, n, H, W); mps, mpsa (r, H, W)
-    "Plans (mass, uniform = 1), what each prompt adds to the score, and both paths' logits, over the image."
+) -> dict[str, Tensor]:  # plan, score, shares (r, n, H, W); mps, mpsa (r, H, W)
+    "Plans (mass, uniform = 1), what each prompt adds to the score, its share in the decoder's last layer, and both paths' logits, over the image."
     (H, W), size, (s, t) = image.shape[-2:], model.image_size, model.encoder.visual.patch_size
     total, count = {}, image.new_zeros(H, W)
     for y in window_starts(H, size, min(stride, size)):
@@ -480,12 +480,13 @@ def window_maps(
             tokens, q, grid = model.embed(F.pad(crop, (0, -w % t, 0, -h % s)))
             S = cosine(tokens, q[:, shown])  # (1, r, m, n)
             plan = S.shape[-2] * S.shape[-1] * model.transport(1 - S, eps=model.eps)
-            maps = {"plan": plan.mT, "score": (plan * S).mT, "mps": (plan * S).sum(-1)[..., None, :], "mpsa": model.decoder(q, tokens)[:, shown, None]}
+            shares = S.shape[-2] * model.decoder.shares(q[:, shown], tokens)[-1]  # uniform = 1
+            maps = {"plan": plan.mT, "score": (plan * S).mT, "shares": shares.mT, "mps": (plan * S).sum(-1)[..., None, :], "mpsa": model.decoder(q, tokens)[:, shown, None]}
             for name, a in maps.items():
                 large = F.interpolate(a[0].unflatten(-1, grid), scale_factor=(s, t), mode="bilinear", align_corners=False)
                 total.setdefault(name, image.new_zeros(*large.shape[:2], H, W))[..., y : y + h, x : x + w] += large[..., :h, :w]
             count[y : y + h, x : x + w] += 1
-    return {name: (a / count).cpu() if name in ("plan", "score") else (a / count)[:, 0].cpu() for name, a in total.items()}
+    return {name: (a / count)[:, 0].cpu() if name in ("mps", "mpsa") else (a / count).cpu() for name, a in total.items()}
 
 # %% ../nbs/14_predict.ipynb #aad17ca9
 def explain(

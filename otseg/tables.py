@@ -22,7 +22,6 @@ from scipy import stats
 from torch import Tensor
 
 from .mps import cosine
-from .mpsa import PlanScore
 from .recipes import RECIPES, SETTINGS, Recipe, resolve, run_name
 from .training import fit, project_root, provenance, write_json
 from .viz import METRICS, markdown
@@ -209,11 +208,16 @@ def comparisons(
     base: str,  # its value for what everything else is compared with
     metrics: tuple[str, ...] = ("U", "hIoU"),
     on: tuple[str, ...] = ("seed",),
-) -> pd.DataFrame:  # index: the other values; columns: metrics, as text
+    by: tuple[str, ...] = (),  # columns within whose groups the comparison is made
+) -> pd.DataFrame:  # index: by, the other values; columns: metrics, as text
     "Each against the base, seed by seed: difference, 95 % interval, wins."
-    others = [value for value in scores[column].unique() if value != base]
-    rows = {value: {metric: paired(scores, column, value, base, metric, on)["text"] for metric in metrics} for value in others}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(metrics)).rename_axis(f"{column}, minus {base}")
+    names, rows = [*by, f"{column}, minus {base}"], []
+    for key, group in scores.groupby(list(by), sort=False) if by else [((), scores)]:
+        for value in group[column].unique():
+            if value != base:
+                told = {metric: paired(group, column, value, base, metric, on)["text"] for metric in metrics}
+                rows.append(dict(zip(names, (*key, value))) | told)
+    return pd.DataFrame(rows, columns=[*names, *metrics]).set_index(names)
 
 # %% ../nbs/19_tables.ipynb #39f4c7e7
 def published(
@@ -259,12 +263,8 @@ def prompt_shares(
     "Which pixels each prompt takes: in the path without weights, and in each layer of the decoder."
     x, q, _ = model.embed(image)
     T = model.transport(1 - cosine(x, q), eps=model.eps)
-    shares = {"mps": T}
-    for i, layer in enumerate((*model.decoder.layers, None), 1):
-        attn = layer.attn if layer else model.decoder.score
-        shares[f"layer {i}"] = attn.transport(q, x)[0] if isinstance(attn, PlanScore) else attn.logits(q, x).softmax(-1).mean(1).mT
-        q = layer(q, x)[0] if layer else q
-    return {name: (T / T.sum(-2, keepdim=True))[0] for name, T in shares.items()}
+    layers = {f"layer {i}": T[0] for i, T in enumerate(model.decoder.shares(q, x), 1)}
+    return {"mps": (T / T.sum(-2, keepdim=True))[0], **layers}
 
 def distance(shares: Tensor) -> float:  # of shares (k, m, n)
     "Mean total variation between a prompt's share and the uniform one."
