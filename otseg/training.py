@@ -569,7 +569,7 @@ def finish_run(run: Run, log: Log, progress: Progress, started: datetime) -> dic
     options = dict(accelerator=run.accelerator, workers=run.workers, progress=run.progress and run.main)
     metrics = validate(run.model, run.bench, run.recipe, run.val, **options)
     dense = validate_dense(run.model, run.bench, run.recipe, run.val, **options)
-    record = make_record(run.recipe, run.bench, run.accelerator.device, started, progress.seconds, {**metrics, "dense_clip": dense}, processes=run.accelerator.num_processes, skipped_images=progress.skipped)
+    record = make_record(run.recipe, run.bench, run.accelerator.device, started, progress.seconds, {**metrics, "dense_clip": dense}, processes=run.accelerator.num_processes, compiled=run.accelerator.state.dynamo_plugin.backend.value.lower(), skipped_images=progress.skipped)
     if run.main:
         log_scores(log, run.recipe.max_iters, metrics, final=True)
         write_json(run.out / "record.json", record)

@@ -350,3 +350,18 @@ def test_checkpoint_of_another_recipe(saved, bench, change, says):
     with pytest.raises(ValueError, match=says):
         load_weights(other, path, bench.classes)
     assert all(torch.equal(t, before[name]) for name, t in other.trainable_state().items())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
+    "`torch.compile` by accelerate's own switch; here without code generation, which leaves dropout's numbers another order."
+    short = SHORT | dict(max_iters=2, dropout=0.0)
+    plain = fit(resolve("digits", **short), tmp_path / "plain", progress=False)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    compiled = fit(resolve("digits", **short), tmp_path / "compiled", progress=False)
+    torch._dynamo.reset()
+    assert (plain["compiled"], compiled["compiled"]) == ("no", "aot_eager")
+    ours, theirs = (read_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("compiled", "plain"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        close(ours[name], theirs[name], 1e-4)
