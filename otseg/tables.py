@@ -150,9 +150,9 @@ def summary(
     metrics: tuple[str, ...] = tuple(METRICS.values()),  # columns to average, mIoU say
 ) -> pd.DataFrame:  # long: by, metric, mean, sd, runs, records; percent
     "Mean and standard deviation over the seeds. A group without a record has mean NaN and no runs."
-    long = scores.melt([*by, "run"], list(metrics), "metric", "value")
-    there = long.dropna(subset="value").groupby([*by, "metric"], sort=False)
-    found = there["value"].agg(mean="mean", sd="std", runs="size").join(there["run"].agg(";".join).rename("records"))
+    long = scores.melt([*by, "run"], list(metrics), "metric", "percent")
+    there = long.dropna(subset="percent").groupby([*by, "metric"], sort=False)
+    found = there["percent"].agg(mean="mean", sd="std", runs="size").join(there["run"].agg(";".join).rename("records"))
     every = long[[*by, "metric"]].drop_duplicates()
     return every.merge(found.reset_index(), how="left", on=[*by, "metric"]).fillna({"runs": 0, "records": ""}).astype({"runs": int})
 
