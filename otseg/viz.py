@@ -223,7 +223,7 @@ def prompt_rows(rows, # of (name, kind, title, picture (3, H, W), maps (n, h, w)
                 prompts # n column titles
                ): # Figure
     "For each row a picture, a map for each prompt, and what they make together."
-    fig, axes = _figure(len(rows), len(prompts) + 2, 1.1, 1.1*rows[0][3].shape[-2]/rows[0][3].shape[-1] + .2)
+    fig, axes = _figure(len(rows), len(prompts) + 2, .95, .95*rows[0][3].shape[-2]/rows[0][3].shape[-1] + .2)
     maps = {kind: np.concatenate([_array(r[4]).ravel() for r in rows if r[1] == kind]) for kind in dict.fromkeys(r[1] for r in rows)}
     top = lambda a: max(np.quantile(np.abs(a), .99), 1e-3)  # a few pixels may have much more: they are drawn at the top colour
     scale = lambda a: dict(cmap='PuOr_r', vmin=-top(a), vmax=top(a))
