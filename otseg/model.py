@@ -75,13 +75,13 @@ class OTSeg(nn.Module):
     ):
         super().__init__()
         d = visual.output_dim
+        self.register_buffer("text", check_text(text, d).clone())
         self.image_size, self.eps, self.transport = image_size, eps, PLANS[marginals]
         self.encoder = ImageEncoder(visual, prompts, dropout)
         self.descriptor = RelationshipDescriptor(d, identity)
         self.decoder = Decoder(d, depth, attention, eps, dropout, plan=self.transport)
         if identity:
-            start_from_identity(self.decoder)
-        self.register_buffer("text", check_text(text, d).clone())
+            start_from_identity(self.decoder, text.shape[1])
 
     def forward(
         self,

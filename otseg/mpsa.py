@@ -24,7 +24,7 @@ def uniform_plan(
     "The plan that does not look at the cost: what is left of the method without transport."
     return torch.full_like(C, 1 / (C.shape[-2] * C.shape[-1]))
 
-# %% ../nbs/02_mpsa.ipynb #6d7c13ad
+# %% ../nbs/02_mpsa.ipynb #4cf69171
 class PlanScore(nn.Module):
     "Projected queries and keys, their transport plan and the score of each class at each pixel."
 
@@ -82,7 +82,7 @@ def gather(T: Tensor, v: Tensor) -> Tensor:
     "Values (b, m, d) summed with the weights (b, k, m, n): (b, k, n, d)."
     return (T.mT.flatten(1, 2).to(v.dtype) @ v).unflatten(1, (T.shape[1], T.shape[3]))
 
-# %% ../nbs/02_mpsa.ipynb #9277a256
+# %% ../nbs/02_mpsa.ipynb #b22ac4dc
 class SoftmaxScore(nn.Module):
     "Score of softmax cross-attention: logits of projected queries and keys, averaged over heads and prompts."
 
@@ -152,7 +152,7 @@ class DecoderLayer(nn.Module):
         out = self.linear2(self.dropout(self.linear1(q).relu()))
         return self.norm2(q + self.dropout(out)), score
 
-# %% ../nbs/02_mpsa.ipynb #84ddc672
+# %% ../nbs/02_mpsa.ipynb #a9df4c91
 class Decoder(nn.Module):
     "Class queries refined layer by layer, and the mask logits from all the layers' scores."
 
@@ -202,15 +202,22 @@ ATTENTIONS = {  # name -> (d, eps, dropout, heads, plan) -> constructors of a la
     "softmax": lambda d, eps, dropout, heads, plan: (lambda: SoftmaxAttention(d, heads, dropout), lambda: SoftmaxScore(d, heads)),
 }
 
-# %% ../nbs/02_mpsa.ipynb #24665146
+# %% ../nbs/02_mpsa.ipynb #aa7e1a23
 @torch.no_grad()
-def start_from_identity(decoder: Decoder):
-    "Set a decoder's projections of queries and keys to the identity and its residual branches to zero, in place."
+def start_from_identity(
+    decoder: Decoder,
+    n: int = 1,  # prompts per class; softmax attention starts from the score of transport, n times the cosine
+):
+    "Set a decoder's projections of queries and keys to multiples of the identity and its residual branches to zero, in place."
+    for i, attn in enumerate([*(layer.attn for layer in decoder.layers), decoder.score]):
+        d, gain = attn.q.in_features, 1.0
+        if isinstance(attn, SoftmaxScore):
+            length = d**0.5 if i else 1  # of the queries: a layer's norm makes them longer
+            gain = (n * (d * attn.heads) ** 0.5 / length) ** 0.5
+        for linear in (attn.q, attn.k):
+            nn.init.eye_(linear.weight).mul_(gain)
+            nn.init.zeros_(linear.bias)
     for module in decoder.modules():
-        if isinstance(module, (PlanScore, SoftmaxScore)):
-            for linear in (module.q, module.k):
-                nn.init.eye_(linear.weight)
-                nn.init.zeros_(linear.bias)
         branch = {MPSA: "proj", SoftmaxAttention: "proj", DecoderLayer: "linear2"}.get(type(module))
         if branch:
             nn.init.zeros_(getattr(module, branch).weight)

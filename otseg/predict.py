@@ -378,7 +378,7 @@ class Segmenter:
             check_known(self.clip, new)
             templates = TEMPLATES[: self.recipe.templates]
             text = class_embeddings(new, templates, self.clip) if self.cache is None else cached_class_embeddings(new, templates, self.clip, self.cache)
-            self._words.update(zip(new, text))
+            self._words.update(zip(new, text.repeat(1, self.recipe.copies, 1)))
         return F.normalize(torch.stack([sum(self._words[w] for w in words) for words in groups.values()]), dim=-1)
 
     def __call__(
@@ -511,7 +511,7 @@ def explain(
     table = np.full(len(r.names), 255)
     table[where] = range(len(where))
     colours = palette(len(where)) if r.colours is None and len(r.classes) > 20 else (palette(20) if r.colours is None else r.colours)[where]
-    prompts = [t.replace(" of ", "\nof ") for t in TEMPLATES[: seg.recipe.templates]]
+    prompts = [t.replace(" of ", "\nof ") for t in seg.recipe.text_prompts]
     small = np.asarray(r.image.resize((w, h), Image.BILINEAR)).transpose(2, 0, 1)
     return evidence(small, table[mask], shown, range(len(where)), maps["score"], maps["plan"], maps["mps"], maps["mpsa"], prompts, colours)
 

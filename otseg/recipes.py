@@ -15,7 +15,7 @@ from .data import PIXELS
 from .mpsa import ATTENTIONS
 from .ot import PLANS
 
-# %% ../nbs/09_recipes.ipynb #4f18e030
+# %% ../nbs/09_recipes.ipynb #07cd33df
 SETTINGS = ("inductive", "transductive", "fully_supervised")
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Recipe:
     eps: float = 0.05  # entropic regularisation of both paths
     marginals: str = "both"  # that the plans of both paths keep: both, pixels (softmax over the prompts) or prompts (softmax over the pixels)
     prompts: int = 10  # visual prompt tokens in each block
-    templates: int = 8  # text prompts per class, the first so many of `otseg.clip.TEMPLATES`
+    templates: int = 8  # different text prompts per class, the first so many of `otseg.clip.TEMPLATES`
+    copies: int = 1  # of each of them; n = templates * copies
     dropout: float = 0.1  # on visual prompts and in the decoder
     identity: bool = False  # start descriptor and decoder from CLIP's cosines instead of random projections
     # optimisation
@@ -66,7 +67,12 @@ class Recipe:
     val_every: int = 2000  # iterations between validations
     val_images: int = 200  # images of the validation set that they look at; the last one looks at all
 
-# %% ../nbs/09_recipes.ipynb #15c57484
+    @property
+    def text_prompts(self) -> tuple[str, ...]:
+        "The n templates."
+        return tuple(TEMPLATES[: self.templates]) * self.copies
+
+# %% ../nbs/09_recipes.ipynb #1b5198e7
 DATASET_RECIPES = {
     "digits": dict(
         clip="digits_clip", templates=6, identity=True, max_iters=300, lr=1e-3, warmup=30, image_size=48, stride=24,
@@ -83,9 +89,9 @@ SETTING_RECIPES = {
     "transductive": lambda recipe: dict(max_iters=recipe.max_iters // 2) | {"digits": dict(lr=5e-4), "context": dict(stride=420)}.get(recipe.dataset, {}),
     "fully_supervised": lambda recipe: dict(),
 }
-MOST = {"depth": 100, "prompts": 10_000, "image_size": 10_000}  # a header that asks for more is damaged, or no friend
+MOST = {"copies": 100, "depth": 100, "prompts": 10_000, "image_size": 10_000}  # a header that asks for more is damaged, or no friend
 PRECISIONS = ("no", "bf16", "fp16")
-LEAST = {1: ("depth", "max_iters", "batch", "val_every", "val_images"), 0: ("warmup", "prompts", "short_side", "long_side", "test_short", "test_long", "min_scale")}
+LEAST = {1: ("copies", "depth", "max_iters", "batch", "val_every", "val_images"), 0: ("warmup", "prompts", "short_side", "long_side", "test_short", "test_long", "min_scale")}
 
 def recipe_of(dataset: str, setting: str) -> Recipe:
     "What the two tables say."

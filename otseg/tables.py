@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'NOT_RUN', 'wanted', 'records_folder', 'kept', 'missing', 'in
            'summary', 'cell', 'wide', 'paired', 'comparisons', 'published', 'write_table', 'save_figure',
            'prompt_shares', 'distance', 'diversity', 'plan_record', 'main']
 
-# %% ../nbs/19_tables.ipynb #ce9945f2
+# %% ../nbs/19_tables.ipynb #2b602e05
 import argparse
 import json
 import shlex
@@ -26,17 +26,19 @@ from .recipes import RECIPES, SETTINGS, Recipe, resolve, run_name
 from .training import fit, project_root, provenance, write_json
 from .viz import METRICS, markdown
 
-# %% ../nbs/19_tables.ipynb #b1323401
+# %% ../nbs/19_tables.ipynb #544f1c5f
 ROWS = {  # table -> its rows: labels, and what they change in a recipe
     "t1": [({"decoder": "softmax"}, {"attention": "softmax"}), ({"decoder": "mpsa"}, {})],
     "t3": [
-        ({"decoder": "softmax", "text prompts": "one"}, {"attention": "softmax", "templates": 1}),
+        ({"decoder": "softmax", "text prompts": "one, repeated"}, {"attention": "softmax", "templates": 1, "copies": 6}),
         ({"decoder": "softmax", "text prompts": "n"}, {"attention": "softmax"}),
         ({"decoder": "mpsa", "text prompts": "one"}, {"templates": 1}),
+        ({"decoder": "mpsa", "text prompts": "one, repeated"}, {"templates": 1, "copies": 6}),
         ({"decoder": "mpsa", "text prompts": "n"}, {}),
         ({"decoder": "uniform", "text prompts": "n"}, {"attention": "uniform"}),
     ],
-    "t4": [({"factor": factor, "value": str(value)}, {factor: value}) for factor, values in {
+    "t4": [({"factor": "templates x copies", "value": f"{t} x {c}"}, {"templates": t, "copies": c}) for t, c in ((1, 6), (2, 3), (3, 2), (6, 1))]
+    + [({"factor": factor, "value": str(value)}, {factor: value}) for factor, values in {
         "templates": (1, 2, 4, 6, 8), "eps": (0.005, 0.02, 0.05, 0.2, 1.0), "depth": (1, 2, 3, 4), "marginals": ("both", "pixels", "prompts"),
     }.items() for value in values],
 }
@@ -127,7 +129,7 @@ def commands(
         lines.append(shlex.join(words))
     return lines
 
-# %% ../nbs/19_tables.ipynb #ecbaa515
+# %% ../nbs/19_tables.ipynb #9a49db6f
 def scores(
     runs: pd.DataFrame,  # from `wanted`
     paths: tuple[str, ...] = ("mps", "mpsa", "ensemble"),
@@ -156,7 +158,7 @@ def summary(
     every = long[[*by, "metric"]].drop_duplicates()
     return every.merge(found.reset_index(), how="left", on=[*by, "metric"]).fillna({"runs": 0, "records": ""}).astype({"runs": int})
 
-# %% ../nbs/19_tables.ipynb #6b4876eb
+# %% ../nbs/19_tables.ipynb #10eadad7
 NOT_RUN = "not run"
 
 def cell(mean: float, sd: float, runs: int) -> str:
@@ -201,7 +203,7 @@ def paired(
     verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
     return found | {"text": f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}], {found['wins']} of {len(pairs)} seeds: {verdict}"}
 
-# %% ../nbs/19_tables.ipynb #650e7cfd
+# %% ../nbs/19_tables.ipynb #e6597c13
 def comparisons(
     scores: pd.DataFrame,  # from `scores`
     column: str,  # that tells the rows apart
@@ -254,7 +256,7 @@ def save_figure(fig, name: str, out: Path | None = None):
     out.mkdir(parents=True, exist_ok=True)
     fig.savefig(out / f"{name}.png", dpi=80, bbox_inches="tight")
 
-# %% ../nbs/19_tables.ipynb #e0a8b006
+# %% ../nbs/19_tables.ipynb #05e58017
 @torch.no_grad()
 def prompt_shares(
     model,  # OTSeg in eval mode

@@ -63,9 +63,10 @@ def text_of(
     cache = Path(os.environ.get("OTSEG_CACHE") or Path.home() / ".cache" / "otseg")
     names, templates = list(bench.classes), TEMPLATES[: recipe.templates]
     try:
-        return cached_class_embeddings(names, templates, clip, cache)
+        text = cached_class_embeddings(names, templates, clip, cache)
     except OSError:
-        return class_embeddings(names, templates, clip)
+        text = class_embeddings(names, templates, clip)
+    return text.repeat(1, recipe.copies, 1)
 
 def build(
     recipe: Recipe,
@@ -176,7 +177,7 @@ def step(
 # %% ../nbs/10_training.ipynb #1198f4b3
 def describe_run(recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
     "What the header of a checkpoint says."
-    return {"recipe": asdict(recipe), "classes": bench.classes, "unseen": bench.unseen, "templates": TEMPLATES[: recipe.templates], "iteration": iteration, **provenance()}
+    return {"recipe": asdict(recipe), "classes": bench.classes, "unseen": bench.unseen, "templates": recipe.text_prompts, "iteration": iteration, **provenance()}
 
 def save_checkpoint(
     path: Path,  # of the .safetensors file
