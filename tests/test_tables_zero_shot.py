@@ -88,3 +88,11 @@ def test_cross_dataset_trains_evaluates_and_keeps(tmp_path):
         iou = pd.Series(records[row.records]["metrics"][row.path]["iou"], dtype=float)
         assert row.mean == pytest.approx(100 * iou.mean(), abs=1e-3) and len(iou) == {"plain": 16, "digits": 10}[row.target]
     assert all(r["images"] == 2 and r["name"] == name and r["run"] == name.split("@")[0] for name, r in records.items())
+
+
+@pytest.mark.parametrize("dataset", ["voc", "context", "coco"])
+def test_published_rows_stand_apart_complete_and_with_their_source(dataset):
+    theirs = pd.read_csv(ROOT / f"results/tables/t1_zero_shot_{dataset}_published.csv")
+    printed = pd.read_csv(ROOT / "results/published.csv").query("dataset == @dataset and table in ('table1', 'later')")
+    pd.testing.assert_frame_equal(theirs, printed.assign(metric=printed["metric"].map(METRICS))[[*theirs]].reset_index(drop=True))
+    assert not {"value", "source"} & {*pd.read_csv(ROOT / f"results/tables/t1_zero_shot_{dataset}.csv")}
