@@ -326,7 +326,8 @@ def restore(run: Run) -> Progress:
     if found is None:
         return Progress()
     tensors, about = found
-    if differ := [name for name, v in asdict(run.recipe).items() if about["recipe"].get(name) != v] or [n for n in ("classes", "unseen") if list(about[n]) != list(getattr(run.bench, n))]:
+    there = asdict(resolve(**about["recipe"]))  # a field that is newer than the state has its default
+    if differ := [name for name, v in asdict(run.recipe).items() if there[name] != v] or [n for n in ("classes", "unseen") if list(about[n]) != list(getattr(run.bench, n))]:
         raise ValueError(f"{run.out} holds a run with another {differ[0]}: give another folder, or resume = False to overwrite it")
     take = lambda prefix: {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     fill(run.model, take("model."), run.out)
@@ -503,7 +504,7 @@ def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
 # %% ../nbs/10_training.ipynb #71c98ba1
 def same_model(there: Recipe, here: Recipe, path):
     "Refuse weights that fit in shape but were trained for another model."
-    for name in ("clip", "attention", "depth", "eps", "prompts", "templates", "image_size"):
+    for name in ("clip", "attention", "depth", "eps", "marginals", "prompts", "templates", "copies", "image_size"):
         if getattr(there, name) != getattr(here, name):
             raise ValueError(f"{path} was trained with {name} = {getattr(there, name)!r}, but this recipe has {getattr(here, name)!r}")
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from helpers import close
 from otseg import training
+from otseg.checkpoints import newest_state, write_state
 from otseg.data import UNLABELLED, Benchmark, Crops, Whole, normalize
 from otseg.inference import predict_paths
 from otseg.losses import IGNORE
@@ -365,3 +366,15 @@ def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
     assert ours.keys() == theirs.keys()
     for name in ours:
         close(ours[name], theirs[name], 1e-4)
+
+
+def test_a_state_older_than_a_field_of_the_recipe(tmp_path):
+    "An upgrade in the middle of a run: the new field has its default there."
+    recipe = resolve("digits", **SHORT)
+    fit(recipe, tmp_path, progress=False)
+    tensors, about = newest_state(tmp_path / "states")
+    del about["recipe"]["copies"]
+    write_state(tmp_path / "states", about["progress"]["t"], tensors, about)
+    assert fit(recipe, tmp_path, progress=False)["recipe"]["copies"] == 1
+    with pytest.raises(ValueError, match="a run with another copies"):
+        fit(recipe, tmp_path, progress=False, copies=2)
