@@ -1,5 +1,6 @@
 """`otseg.tables`: which runs a table wants, what the records say together, and that every number in results/tables has a record."""
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -172,3 +173,40 @@ def test_command_line(capsys, tmp_path):
     assert capsys.readouterr().out.split() == ["voc0-inductive-softmax-seed0", "voc0-inductive-mpsa-seed0"]
     with pytest.raises(SystemExit, match="error: .*'zero'"):
         main(["missing", "t1", "--settings", "zero"])
+
+
+TITLES = {title: key for key, title in METRICS.items()}
+NUMBERS = sorted(p for p in (ROOT / "results/tables").glob("*.csv") if "records" in p.read_text().splitlines()[0].split(","))
+
+
+def number(record, path, metric):
+    "A number of a record: metrics in percent, plans as they are."
+    if "plans" in record:
+        return record["plans"][path][metric]
+    if metric == "mIoU":
+        return 100 * np.mean([v for v in record["metrics"][path]["iou"].values() if v is not None])
+    return 100 * record["metrics"][path][TITLES[metric]]
+
+
+@pytest.mark.parametrize("file", NUMBERS, ids=lambda p: p.stem)
+def test_every_number_is_that_of_its_records(file):
+    table = pd.read_csv(file, dtype={"path": str, "records": str}, keep_default_na=False, na_values={"mean": "", "sd": ""})
+    assert len(table) and (table["mean"].isna() == (table["runs"] == 0)).all()
+    for row in table[table["runs"] > 0].itertuples():
+        each = [number(kept(record), row.path, row.metric) for record in row.records.split(";")]
+        assert len(each) == row.runs and np.isclose(np.mean(each), row.mean, atol=1e-4)
+        assert len(each) == 1 or np.isclose(np.std(each, ddof=1), row.sd, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", NUMBERS, ids=lambda p: p.stem)
+def test_what_people_read_is_what_was_computed(file):
+    "Each `mean ± sd` of the Markdown is a row of the CSV."
+    several = pd.read_csv(file).query("runs > 1")
+    there = {f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in several[["mean", "sd"]].itertuples(index=False) for digits in (1, 3)}
+    assert set(re.findall(r"-?[\d.]+ ± [\d.]+", file.with_suffix(".md").read_text())) <= there
+
+
+def test_every_table_is_looked_at():
+    "What is not from records is published, from a log or from a measurement, and tested beside its notebook."
+    others = {p.stem for p in (ROOT / "results/tables").glob("*.csv")} - {p.stem for p in NUMBERS}
+    assert all(name.endswith("_published") or name.startswith(("t5_efficiency_", "f3_training_")) for name in others)

@@ -1,33 +1,28 @@
 """The ablation notebooks: through papermill in tiny settings, and what they wrote against the records."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from otseg.tables import NOT_RUN, kept
+from test_notebooks import papermill
 
 ROOT = Path(__file__).parents[1]
 TINY = {"max_iters": 2, "batch": 2, "warmup": 1, "val_every": 1, "val_images": 1, "seeds": 1}
 
 
-def papermill(name, folder, /, **parameters):
+def run_table(name, folder, /, **parameters):
     """Run nbs/tables/NAME.ipynb from that folder; the finished process."""
     given = {"out": folder / "out", "records": folder / "records", "runs": folder / "runs"} | parameters
-    args = [a for key, value in given.items() for a in ("-p", key, str(value))]
-    return subprocess.run([Path(sys.executable).with_name("papermill"), ROOT / f"nbs/tables/{name}.ipynb", folder / "out.ipynb", "--no-progress-bar", *args],
-                          cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return papermill(f"tables/{name}", folder, cwd=folder, **given)[0]
 
 
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
     """A run of the full method, trained and measured by t3_components."""
     folder = tmp_path_factory.mktemp("components")
-    done = papermill("t3_components", folder, settings="inductive", rows="mpsa-n", images=1, run_missing=True, **TINY)
+    done = run_table("t3_components", folder, settings="inductive", rows="mpsa-n", images=1, run_missing=True, **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -44,7 +39,7 @@ def test_components_train_and_measure_what_is_missing(components):
 
 @pytest.mark.slow
 def test_factors_of_inference_are_evaluated_from_the_checkpoint(components):
-    done = papermill("t4_prompts_and_transport", components, factors="lambda", run_missing=True, **TINY)
+    done = run_table("t4_prompts_and_transport", components, factors="lambda", run_missing=True, **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     mixed, run = (json.loads(next((components / "records").glob(name)).read_text()) for name in ("*@lambda.json", "*[!a-z].json"))
     assert mixed["name"] == f"{run['name']}@lambda" and mixed["run"] == run["name"]
@@ -57,7 +52,7 @@ def test_factors_of_inference_are_evaluated_from_the_checkpoint(components):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, rows", [("t3_components", 2 * 6 * 3), ("t4_prompts_and_transport", 31)])
 def test_what_was_not_run_says_so(tmp_path, name, rows):
-    done = papermill(name, tmp_path, dataset="voc")
+    done = run_table(name, tmp_path, dataset="voc")
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / f"out/tables/{name}_voc.md").read_text()
     assert text.count(f"| {' | '.join([NOT_RUN] * 4)} | 0 |") == rows and not (tmp_path / "records").exists()
@@ -70,26 +65,8 @@ def test_what_was_not_run_says_so(tmp_path, name, rows):
     ("t4_prompts_and_transport", {"factors": "templates,epsilon"}, "factors = epsilon: there is templates"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_a_wrong_parameter_stops_the_notebook(tmp_path, name, wrong, says):
-    done = papermill(name, tmp_path, **wrong)
+    done = run_table(name, tmp_path, **wrong)
     assert done.returncode != 0 and says in done.stderr and not (tmp_path / "out").exists()
-
-
-def values(name, path, metric):
-    "A number of a record: metrics in percent, plans as they are."
-    record = kept(name)
-    if "plans" in record:
-        return record["plans"][path][metric]
-    return 100 * record["metrics"][path][{"pAcc": "pacc", "S": "miou_seen", "U": "miou_unseen", "hIoU": "hiou"}[metric]]
-
-
-@pytest.mark.parametrize("name", ["t3_components_digits", "t3_plans_digits", "t4_prompts_and_transport_digits"])
-def test_every_number_is_that_of_its_records(name):
-    table = pd.read_csv(ROOT / f"results/tables/{name}.csv", dtype={"path": str}).dropna(subset="mean")
-    assert len(table)
-    for row in table.itertuples():
-        each = [values(record, row.path, row.metric) for record in row.records.split(";")]
-        assert len(each) == row.runs and np.isclose(np.mean(each), row.mean, atol=1e-4)
-        assert len(each) == 1 or np.isclose(np.std(each, ddof=1), row.sd, atol=1e-4)
 
 
 def test_one_prompt_has_one_plan():
