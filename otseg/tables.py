@@ -247,7 +247,7 @@ def write_table(
     "Write NAME.csv and NAME.md."
     out = Path(out or project_root() / "results" / "tables")
     out.mkdir(parents=True, exist_ok=True)
-    numbers.to_csv(out / f"{name}.csv", index=False, float_format="%.4f")
+    numbers.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
     (out / f"{name}.md").write_text(text.rstrip() + "\n")
 
 def save_figure(fig, name: str, out: Path | None = None):
