@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'DATASET_RECIPES', 'SETTING_RECIPES', 'MOST', 'PRECISIONS', 'LEAST', 'RECIPES', 'Recipe', 'recipe_of',
-           'change', 'resolve', 'notebook_changes', 'run_name']
+           'change', 'resolve', 'notebook_changes', 'differences', 'run_name']
 
 # %% ../nbs/09_recipes.ipynb #c99de42d
 import hashlib
@@ -156,10 +156,14 @@ def notebook_changes(
     return {name: namespace[name] for name in known if namespace.get(name) is not None}
 
 # %% ../nbs/09_recipes.ipynb #c7950eb7
+def differences(recipe: Recipe) -> dict:
+    "Fields in which a recipe differs from the table's."
+    default = RECIPES[recipe.dataset, recipe.setting]
+    return {name: v for name, v in asdict(recipe).items() if v != getattr(default, name)}
+
 def run_name(recipe: Recipe) -> str:
     "Name of a run: dataset, split, setting, attention, seed, and a digest of all else that is not the table's."
     spoken = ("dataset", "split", "setting", "attention", "seed")
-    default = asdict(RECIPES[recipe.dataset, recipe.setting])
-    changes = {k: v for k, v in asdict(recipe).items() if k not in spoken and v != default[k]}
+    changes = {name: v for name, v in differences(recipe).items() if name not in spoken}
     digest = "-" + hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8] if changes else ""
     return f"{recipe.dataset}{recipe.split}-{recipe.setting}-{recipe.attention}-seed{recipe.seed}{digest}"

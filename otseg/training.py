@@ -6,7 +6,7 @@
 __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimizer', 'loss_terms', 'Run', 'step', 'describe_run',
            'save_checkpoint', 'finite_weights', 'read_checkpoint', 'load_weights', 'fill', 'load', 'check_official',
            'own_benchmark', 'Progress', 'random_states', 'save_state', 'restore', 'set_random', 'validate',
-           'validate_dense', 'plain', 'determinism', 'make_record', 'project_root', 'newest_checkpoint',
+           'validate_dense', 'plain', 'determinism', 'make_record', 'project_root', 'newest_checkpoint', 'inductive_of',
            'inductive_checkpoint', 'log_losses', 'log_scores', 'validate_and_save', 'ignore_ctrl_c', 'loop',
            'wants_to_stop', 'same_model', 'begin', 'prepare_folder', 'fit', 'finish_run', 'write_json', 'fit_on',
            'evaluate_checkpoint', 'add_recipe_options', 'main', 'show', 'evaluate_main']
@@ -42,7 +42,7 @@ from .inference import WEIGHTS, predict_paths
 from .losses import present_classes, training_loss
 from .metrics import confusion, zs3_metrics
 from .model import DenseCLIP, Masks, OTSeg
-from .recipes import SETTINGS, Recipe, change, resolve, run_name
+from .recipes import SETTINGS, Recipe, change, differences, resolve, run_name
 
 # %% ../nbs/10_training.ipynb #35066c02
 def lr_at(
@@ -414,11 +414,13 @@ def newest_checkpoint(folder: Path) -> Path:
         raise FileNotFoundError(f"no last.safetensors below {folder}: train first (nbs/train.ipynb), or name a checkpoint")
     return found[-1]
 
+def inductive_of(recipe: Recipe) -> Recipe:
+    "The inductive run that a transductive one starts from."
+    return resolve(recipe.dataset, "inductive", **differences(recipe))
+
 def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
     "The checkpoint that a transductive run starts from: half way through the same inductive run in `folder`."
-    default = asdict(resolve(recipe.dataset, "transductive"))
-    changes = {name: v for name, v in asdict(recipe).items() if v != default[name]}
-    path = folder / run_name(resolve(recipe.dataset, "inductive", **changes)) / "half.safetensors"
+    path = folder / run_name(inductive_of(recipe)) / "half.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"transductive training starts from an inductive run, but there is no {path}: run the setting 'inductive' first, or give init")
     return path

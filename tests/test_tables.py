@@ -12,7 +12,8 @@ from helpers import random_image, small_model
 
 from otseg.mpsa import ATTENTIONS
 from otseg.recipes import RECIPES, SETTINGS, resolve, run_name
-from otseg.tables import NOT_RUN, ROWS, comparisons, commands, distance, diversity, inductive_of, kept, main, missing, paired, prompt_shares, published, scores, summary, train, wanted, wide
+from otseg.tables import NOT_RUN, ROWS, comparisons, commands, distance, diversity, kept, main, missing, paired, prompt_shares, published, scores, summary, train, wanted, wide
+from otseg.training import inductive_of
 from otseg.viz import METRICS
 
 ROOT = Path(__file__).parents[1]
