@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 from helpers import close
-from otseg.ot import sinkhorn
+from otseg.ot import sinkhorn, verdicts_later
 
 golden = Path(__file__).parent / "golden"
 meta = json.loads((golden / "meta.json").read_text())
@@ -349,6 +349,27 @@ def test_no_second_derivative():
 def test_warns_where_it_did_not_converge(C, options):
     with pytest.warns(UserWarning, match="2 of 2 plans did not converge in .* iterations at eps = 0.05"):
         sinkhorn(C, **options)
+
+
+def test_verdicts_later():
+    "One warning for all calls since the last one, and at the end of the block; one for each eps."
+    sharp = cost("sharp", 2, 40, 5)
+    with pytest.warns(UserWarning) as caught:
+        with verdicts_later() as verdicts:
+            sinkhorn(sharp, max_iter=1), sinkhorn(sharp), sinkhorn(sharp, max_iter=1)
+            assert not caught
+            verdicts.warn(), verdicts.warn()
+            assert [str(w.message)[:42] for w in caught] == ["4 of 4 plans did not converge in 1 iterati"]
+            sinkhorn(sharp, max_iter=1), sinkhorn(torch.full((3, 4, 2), torch.nan), eps=0.5)
+    assert [str(w.message).split(":")[0][-10:] for w in caught[1:]] == ["eps = 0.05", " eps = 0.5"] and "error nan" in str(caught[2].message)
+    with pytest.warns(UserWarning, match="2 of 2"):
+        sinkhorn(sharp, max_iter=1)
+
+
+def test_verdicts_are_read_where_something_fails():
+    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(KeyError), verdicts_later():
+        sinkhorn(cost("sharp", 2, 40, 5), max_iter=1)
+        raise KeyError
 
 
 def test_nan_stays_in_its_problem():
