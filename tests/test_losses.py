@@ -76,6 +76,28 @@ def test_chunks(chunk):
     compare(logits, label, chunk=chunk)
 
 
+@pytest.mark.parametrize("occurring", [4, 5, 100])
+def test_more_classes_may_occur_than_do(occurring):
+    logits, label = inputs("absent")
+    assert len(label[label != IGNORE].unique()) == 4
+    compare(logits, label, occurring=occurring)
+
+
+def test_fewer_classes_may_not():
+    logits, label = inputs("absent")
+    with pytest.raises(ValueError, match="occurring = 3 but label holds 4 classes"):
+        mask_loss(logits, label, occurring=3)
+
+
+@pytest.mark.parametrize("scale", [1, 60])
+def test_logits_beyond_the_exponential(scale):
+    "The two ways to softplus."
+    logits, label = inputs(dtype=torch.float32)
+    logits = (scale * logits.detach()).requires_grad_()
+    assert (logits.abs().max() > 100) == (scale > 1)
+    compare(logits, label, 1e-5)
+
+
 @pytest.mark.parametrize("b", [1, 3])
 def test_batch(b):
     compare(*inputs(b=b))
@@ -98,15 +120,16 @@ def test_gradcheck(size, full):
 @pytest.mark.parametrize("size_in, size_out", [(4, 16), (5, 35), (3, 7), (1, 4), (6, 6), (8, 3)])
 def test_interpolation_matrix(size_in, size_out):
     x = torch.randn(2, 3, size_in, dtype=torch.float64)
-    close(x @ bilinear(size_in, size_out, x).T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
+    close(x @ bilinear(size_in, size_out, x.dtype, x.device).T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
 
 
 @pytest.mark.parametrize("size_in, size_out, rows", [(32, 512, 64), (5, 35, 4), (4, 4, 3), (8, 3, 1), (1, 9, 5)])
 def test_bands_of_the_interpolation_matrix(size_in, size_out, rows):
     "Together they are the matrix, and none has more columns than it needs."
-    up = bilinear(size_in, size_out, torch.empty(0))
+    here = torch.float32, torch.device("cpu")
+    up = bilinear(size_in, size_out, *here)
     whole = torch.zeros_like(up)
-    for pixels, tokens, U in bands(up, rows, up.device):
+    for pixels, tokens, U in bands(size_in, size_out, rows, *here):
         whole[pixels, tokens] = U
         assert U.shape[1] <= len(U) * size_in // size_out + 3
     assert torch.equal(whole, up)
