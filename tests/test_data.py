@@ -91,7 +91,7 @@ def test_crops_differ_by_epoch_and_seed():
 
 
 def test_a_crop_is_normalised_and_relabelled():
-    image, label, _ = Crops(Noise(), plain(10), label_table(5, (1, 3), UNLABELLED))[0, 1].values()
+    image, label, *_ = Crops(Noise(), plain(10), label_table(5, (1, 3), UNLABELLED))[0, 1].values()
     red = (image[0] * STD[0] + MEAN[0]) * 10  # the label before
     want = red.round().long()
     assert torch.equal(label, torch.where((want == 1) | (want == 3), want, UNLABELLED))

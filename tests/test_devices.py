@@ -1,16 +1,21 @@
 """Every device computes what the CPU does, and nothing falls back to it."""
+from contextlib import nullcontext
+
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import K, N, close, evaluate, random_image, random_text, small_model
-from otseg.data import UNLABELLED, normalize
+from otseg import kernel, ot
+from otseg.data import UNLABELLED, Benchmark, normalize
 from otseg.inference import predict_paths, predict_probs
 from otseg.losses import IGNORE, training_loss
 from otseg.model import DenseCLIP, OTSeg
 from otseg.mpsa import ATTENTIONS
 from otseg.ot import sinkhorn
-from otseg.training import pseudo_label
+from otseg.recipes import resolve
+from otseg.training import Run, optimizer, pseudo_label, step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 devices = pytest.mark.parametrize("device", DEVICES)
@@ -22,7 +27,7 @@ def labels(b=2, side=32):
     return label
 
 
-def step(device, attention):
+def forward_and_back(device, attention):
     "Masks, loss terms and gradients of a training step without dropout, on the CPU for comparison."
     model = small_model(attention=attention, dropout=0.0).to(device).train()
     masks = model(random_image().to(device))
@@ -36,7 +41,7 @@ def step(device, attention):
 @devices
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_training_step(device, attention):
-    ours, want = step(device, attention), step("cpu", attention)
+    ours, want = forward_and_back(device, attention), forward_and_back("cpu", attention)
     for name in want:
         close(ours[name], want[name], 1e-3)
 
@@ -99,3 +104,73 @@ def test_no_tensor_of_another_device():
         masks = model.decoder(model.descriptor(f.cls, model.text), f.patches)
         masks.sum().backward()
     assert masks.device.type == "meta" and masks.shape == (2, K, 30)
+
+
+# a training step asks the device nothing
+
+
+def a_run(device, setting, attention="mpsa", per_device=2):
+    "A run of the small model on a device, and a batch for it."
+    recipe, unseen = resolve("digits", setting, batch=4, attention=attention), (1, 4)
+    model = small_model(attention=attention).to(device)
+    text = model.text[[0, 2, 3]] if setting == "inductive" else model.text
+    run = Run(recipe, Benchmark("test", tuple("abcde"), unseen, None, None), None, Accelerator(cpu=device != "cuda"), model, model,
+              optimizer(model, recipe), None, None, per_device, 0, False, text, torch.tensor(unseen).to(device))
+    label = torch.cat([labels(4), torch.full((4, 2, 32), UNLABELLED)], 1) % (len(text) if setting == "inductive" else 256)
+    occurs = torch.stack([t.flatten().bincount(minlength=256) > 0 for t in label])
+    return run, {"image": random_image(4, 34).to(device)[..., :32, :], "label": label[:, :32].to(device), "occurs": occurs}
+
+
+class NoTransfer(TorchDispatchMode):
+    "Fails where numbers go from the CPU to a device or back, as they do for `.item()`, `if`, and copies."
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        of = lambda x: {t.device.type for t in torch.utils._pytree.tree_leaves(x) if isinstance(t, torch.Tensor)}
+        before, after = of((args, kwargs)), of(out)
+        assert not before or after <= before, f"{func} makes a tensor on {after} of one on {before}"
+        assert func is not torch.ops.aten.copy_.default or len(before) == 1, f"{func} copies between {before}"
+        return out
+
+
+def test_no_transfer_is_noticed():
+    x = torch.empty(3, device="meta")
+    with NoTransfer():
+        (x * torch.tensor(2.0)).softmax(0)
+        for transfer in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: torch.zeros(3).to("meta"), lambda: x.copy_(torch.zeros(3))):
+            with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+                transfer()
+
+
+steps = pytest.mark.parametrize("setting, attention, per_device", [("inductive", "mpsa", 4), ("transductive", "mpsa", 2), ("fully_supervised", "uniform", 1), ("transductive", "softmax", 4)])
+
+
+@steps
+def test_a_step_does_not_wait(monkeypatch, setting, attention, per_device):
+    "The meta device stands for a GPU: it has no values that somebody could ask for. The kernels' shape rules stand for the kernels."
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ot, "kernel_fits", kernel.fits)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown there
+    run, batch = a_run("meta", setting, attention, per_device)
+    with ot.verdicts_later() as verdicts:
+        step(run, batch, 0)  # what is made once is made
+        with monkeypatch.context() as m, NoTransfer():
+            m.setattr(torch, "tensor", None)  # of Python's numbers: a copy, which the meta device leaves out
+            total = step(run, batch, 1)
+        assert len(verdicts.found) == {"mpsa": 4, "uniform": 1, "softmax": 1}[attention] * (4 // per_device) * 2
+        verdicts.found.clear()
+    assert total.device.type == "meta" and total.shape == (4,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@steps
+def test_a_step_on_a_gpu_does_not_wait(setting, attention, per_device):
+    run, batch = a_run("cuda", setting, attention, per_device)
+    with ot.verdicts_later():
+        step(run, batch, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            total = step(run, batch, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert total.isfinite().all()

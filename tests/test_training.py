@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.utils.data import default_collate
 
 from helpers import close
 from otseg import training
@@ -18,7 +19,7 @@ from otseg.inference import predict_paths
 from otseg.losses import IGNORE
 from otseg.model import Masks
 from otseg.recipes import SETTINGS, Recipe, resolve, run_name
-from otseg.training import build, fit, load, load_weights, loss_terms, lr_at, optimizer, participants, provenance, pseudo_label, read_checkpoint, save_checkpoint, validate
+from otseg.training import build, fit, load, load_weights, loss_terms, lr_at, may_occur, optimizer, participants, provenance, pseudo_label, read_checkpoint, save_checkpoint, validate
 
 SHORT = dict(max_iters=6, batch=4, val_every=4, val_images=2, warmup=2)
 
@@ -84,6 +85,18 @@ def test_pseudo_labels():
     want = torch.where(prob[:, 4] > prob[:, 1], 4, 1)
     assert torch.equal(ours, torch.where(label == UNLABELLED, want, label)) and len(ours[label == UNLABELLED].unique()) == 2
     assert torch.equal(label, before) and ours.dtype == torch.int64 and not ours.requires_grad
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_more_classes_occur_than_are_counted(bench, setting):
+    recipe = resolve("digits", setting)
+    rows, table = participants(setting, bench)
+    data = Crops(bench.images("train"), recipe, table)
+    batch = default_collate([data[0, i] for i in range(8)])
+    assert all(torch.equal(occurs.nonzero()[:, 0], label.unique()) for occurs, label in zip(batch["occurs"], batch["label"]))
+    label = pseudo_label(model_of(recipe, bench)(batch["image"]), batch["label"], bench.unseen)
+    counted, found = may_occur(batch["occurs"], len(rows), bench.unseen), len(set(label.unique().tolist()) - {IGNORE})
+    assert found <= counted <= found + (len(bench.unseen) if setting == "transductive" else 0)
 
 
 def test_what_each_setting_may_know(bench):
@@ -219,9 +232,9 @@ def test_loop(monkeypatch, tmp_path):
     "Each step: training mode (after a validation as well), its own learning rate, gradients of its batch alone."
     steps, opts, seeds = [], [], []
 
-    def spy(net, *args):
+    def spy(net, *args, **options):
         steps.append((net.training, opts[0].param_groups[0]["lr"], all(p.grad is None or not p.grad.any() for p in net.parameters())))
-        return loss_terms(net, *args)
+        return loss_terms(net, *args, **options)
 
     monkeypatch.setattr(training, "loss_terms", spy)
     monkeypatch.setattr(training, "optimizer", lambda *args: opts.append(optimizer(*args)) or opts[0])
