@@ -2,10 +2,11 @@
 # make readme README.md from nbs/index.ipynb                         make export   otseg/*.py from nbs/*.ipynb
 # make jupyter  notebooks in JupyterLab, driven by a browser (needs Chromium; without it, the tests are skipped)
 # Each makes its environment first. PYTHON picks the interpreter (3.10 or newer), VENV where the environment lives.
-# THREADS is for the demo, whose model is so small that a second thread costs more than it brings.
+# THREADS is for the demo, whose model is so small that a second thread costs more than it brings; JOBS is how many tests run at a time.
 PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 1
+JOBS ?= 2
 bin := $(VENV)/bin
 installed := $(VENV)/installed
 
@@ -21,7 +22,7 @@ demo: $(installed)
 # and Triton must know from its import that 18_kernel interprets its kernel.
 test: $(installed)
 	TRITON_INTERPRET=1 $(bin)/nbdev_test --file_re '^(\d\d_|index)'
-	$(bin)/python -m pytest tests
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 jupyter: $(installed)
 	$(bin)/pip install --quiet playwright

@@ -44,6 +44,7 @@ from .mps import cosine, plan_score
 from .mpsa import PlanScore
 from .ot import sinkhorn, verdicts_later
 from .recipes import resolve
+from .training import imitates_bf16
 
 # %% ../nbs/17_bench.ipynb #ef3a358c
 def plain_plan(
@@ -315,7 +316,7 @@ def memory(device: str, reset: bool = False) -> tuple[float, float]:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
 
-PATIENCE = 10  # seconds of repeats, after which two are enough
+PATIENCE = 30  # seconds of repeats, after which two are enough
 
 def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> dict:
     "Seconds of each repeat, peak memory above the inputs and in all (MB), and the task's number."
@@ -349,6 +350,8 @@ def measure(
     row = {"task": task, "method": method, "device": device, "repeats": repeats, **sizes}
     if device != "cpu" and not torch.cuda.is_available():
         return row | {"note": "not run: no GPU"}
+    if device == "cpu" and sizes.get("dtype") == "bf16" and imitates_bf16():
+        return row | {"note": "not run: this CPU has no instructions for bf16"}
     package = {"POT": "ot", "GeomLoss": "geomloss", "OTT-JAX": "ott"}.get(method)
     if package and not importlib.util.find_spec(package):
         return row | {"note": f"not run: {method} is not installed"}

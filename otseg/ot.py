@@ -45,8 +45,14 @@ def piecewise(f, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
     problems = max(2**16 * torch.get_num_threads() // tensors[0][0].numel(), 1)
     if tensors[0].device.type != "cpu" or problems >= len(tensors[0]):
         return f(*tensors)
-    parts = [f(*piece) for piece in zip(*(t.split(problems) for t in tensors))]
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
+    whole = None
+    for at in range(0, len(tensors[0]), problems):
+        made = f(*(t[at : at + problems] for t in tensors))
+        parts = made if isinstance(made, tuple) else (made,)
+        whole = whole or tuple(part.new_empty(len(tensors[0]), *part.shape[1:]) for part in parts)
+        for out, part in zip(whole, parts):
+            out[at : at + problems] = part
+    return whole if isinstance(made, tuple) else whole[0]
 
 def first_shares(A: Tensor, a: Tensor, scale: float) -> Tensor:
     "P (p, n, m): the pixels' shares at dual variables a (p, n) and negative costs A (p, n, m)."
@@ -62,6 +68,7 @@ def scaled_plan(P: Tensor, e: Tensor, mu: Tensor) -> Tensor:
     return (P * (mu[:, None] / (e[:, None] @ P))).mul_(e[..., None])
 
 # %% ../nbs/00_ot.ipynb #ab42e8d8
+@torch.compiler.disable  # it looks at its numbers
 def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
     "Plans (p, n, m) for costs (p, n, m) and marginals mu (p, m), nu (p, n), and which of them converged (p,)."
     A = piecewise(lambda C: C.amin(1, keepdim=True) - C, C.contiguous())  # subtracting a pixel's smallest cost changes no plan and keeps digits
@@ -79,6 +86,8 @@ def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol
         for i in range(max_iter):
             if rungs or i == 0:
                 P, start = piecewise(lambda A, a: first_shares(A, a, 1 / (eps * 4**s)), A, a), a
+                if not rungs:
+                    del A  # memory
             e = (a - start).nan_to_num(0).exp().to(P)
             Q = piecewise(what_prompts_share, P, e, root).double()
             step, exact = dual_step(Q, nu), ((nu - Q.sum(-1)).abs() <= enough * nu).all(-1)

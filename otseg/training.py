@@ -8,8 +8,9 @@ __all__ = ['lr_at', 'text_of', 'build', 'pseudo_label', 'participants', 'optimiz
            'check_official', 'own_benchmark', 'Progress', 'random_states', 'save_state', 'restore', 'set_random',
            'validate', 'validate_dense', 'plain', 'determinism', 'make_record', 'project_root', 'newest_checkpoint',
            'inductive_of', 'inductive_checkpoint', 'log_losses', 'log_scores', 'validate_and_save', 'ignore_ctrl_c',
-           'loop', 'wants_to_stop', 'same_model', 'begin', 'prepare_folder', 'fit', 'finish_run', 'write_json',
-           'fit_on', 'evaluate_checkpoint', 'add_recipe_options', 'main', 'show', 'evaluate_main']
+           'loop', 'wants_to_stop', 'same_model', 'imitates_bf16', 'check_precision', 'begin', 'prepare_folder', 'fit',
+           'finish_run', 'write_json', 'fit_on', 'evaluate_checkpoint', 'add_recipe_options', 'main', 'show',
+           'evaluate_main']
 
 # %% ../nbs/10_training.ipynb #aa30aa91
 import argparse
@@ -526,6 +527,21 @@ def same_model(there: Recipe, here: Recipe, path):
         if getattr(there, name) != getattr(here, name):
             raise ValueError(f"{path} was trained with {name} = {getattr(there, name)!r}, but this recipe has {getattr(here, name)!r}")
 
+def imitates_bf16() -> bool:
+    "Whether this CPU has no instructions for bf16, as far as PyTorch tells."
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and not supported()
+
+def check_precision(precision: str):
+    "Refuse a precision that the device cannot compute in, and warn of one that it imitates. Raises ValueError."
+    if torch.cuda.is_available():
+        return
+    if precision == "fp16":
+        raise ValueError("precision = 'fp16' needs a GPU: use 'bf16' or 'no'")
+    if precision == "bf16" and imitates_bf16():
+        warnings.warn("precision = 'bf16', but this CPU has no instructions for it and imitates them, many times slower than float32: use 'no'")
+
+# %% ../nbs/10_training.ipynb #70693634
 def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) -> Run:
     "Check everything that can be checked before the first step, and put the run together."
     bench = load_benchmark(recipe.dataset, recipe.split, root, recipe.unseen, recipe.clip, clip_weights)
@@ -533,8 +549,7 @@ def begin(recipe, out, init, root, clip_weights, per_device, workers, progress) 
     train, val = bench.images("train"), bench.images("val")
     if recipe.setting == "transductive" and init is None:
         init = inductive_checkpoint(recipe, out.parent)
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision = 'fp16' needs a GPU: use 'bf16' or 'no'")
+    check_precision(recipe.precision)
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before this one may have had another precision, or fewer processes
     accelerator = Accelerator(mixed_precision=recipe.precision)
     set_seed(recipe.seed)

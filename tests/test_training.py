@@ -2,6 +2,7 @@
 import json
 import math
 import pickle
+import warnings
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -257,6 +258,18 @@ def test_other_precision_in_the_same_process(runs, tmp_path):
     record = fit(resolve("digits", **SHORT | dict(max_iters=2), precision="bf16"), tmp_path, progress=False)
     assert record["recipe"]["precision"] == "bf16"
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in read_checkpoint(tmp_path / "last.safetensors")[0].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has every precision")
+def test_precisions_of_a_cpu(monkeypatch):
+    with pytest.raises(ValueError, match="precision = 'fp16' needs a GPU"):
+        training.check_precision("fp16")
+    for imitates in (True, False):
+        monkeypatch.setattr(training, "imitates_bf16", lambda: imitates)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training.check_precision("bf16"), training.check_precision("no")
+        assert ["many times slower than float32" in str(w.message) for w in caught] == [True] * imitates
 
 
 def test_one_iteration(tmp_path):
