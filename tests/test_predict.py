@@ -143,7 +143,7 @@ def test_bad_files(tmp_path):
     ("https://example.org/a.jpg", "not on this machine"), ("file://elsewhere/a.jpg", "not on this machine"), (".", "is a folder"), (3, "cannot be a int"),
     (np.zeros((3, 3), complex), "type complex128"), (np.zeros((0, 3)), "shape"), (torch.zeros(2, 5, 5), "shape"), (np.full((2, 2), np.nan), "nan"),
     (torch.full((3, 2, 2), -1.0), "-1 to -1"), (np.full((2, 2), 300), "0 to 255"), (Image.new("RGB", (0, 4)), "no pixels"),
-], ids=str)
+], ids=lambda v: v if isinstance(v, str) else type(v).__name__)
 def test_what_is_no_image_is_refused(source, says):
     with pytest.raises(ValueError, match=says):
         read_image(source)
