@@ -235,7 +235,7 @@ def step_task(method: str, device: str, b: int, k: int, n: int, tokens: int, sid
     model = (plain(model) if method == "plain" else model).to(device).train()
     image, label = torch.randn(b, 3, side, side).to(device), blocks_of_labels(b, side, k)
     optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.0)
-    losses = plain_training_loss if method == "plain" else partial(training_loss, occurring=len(label.unique()))
+    losses = plain_training_loss if method == "plain" else partial(training_loss, occurring=sum(len(one.unique()) for one in label))
     net, label = torch.compile(model, dynamic=False) if compiled else model, label.to(device)
 
     def run():

@@ -117,7 +117,7 @@ def loss_terms(
     text: Tensor,  # class embeddings that take part (k, n, d)
     recipe: Recipe,
     unseen: Tensor | tuple[int, ...],  # class indices, for the transductive guesses
-    **options,  # of `mask_loss`: what the sums are divided by, and how many classes may occur
+    **options,  # of `mask_loss`: what the sums are divided by, and how many masks may occur
 ) -> tuple[dict[str, Tensor], Tensor]:  # weighted terms, number of masks
     "Weighted loss terms of a batch."
     masks = model(batch["image"], text)
@@ -154,11 +154,12 @@ def may_occur(
     occurs: Tensor,  # which labels occur in each image (b, 256), on the CPU
     k: int,  # classes that take part
     unseen: tuple[int, ...],  # class indices that unlabelled pixels are guessed to be
-) -> int:  # classes
-    "How many classes occur in a batch at the most, once the unlabelled pixels are guessed."
-    found = occurs.any(0)
-    classes = set(found[:k].nonzero().flatten().tolist())
-    return len(classes | set(unseen)) if found[UNLABELLED] else len(classes)
+) -> int:  # pairs of an image and a class
+    "How many masks have a pixel at the most, once the unlabelled pixels are guessed."
+    found, guessed = occurs[:, :k].clone(), occurs[:, UNLABELLED]
+    if guessed.any():
+        found[:, list(unseen)] |= guessed[:, None]
+    return int(found.sum())
 
 # %% ../nbs/10_training.ipynb #83b6921c
 def step(

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from helpers import close
-from otseg.losses import IGNORE, bands, bilinear, mask_loss, num_masks, present_classes, training_loss
+from otseg.losses import IGNORE, STEEPEST, bands, by_nodes, gauss_nodes, interpolation, mask_loss, num_masks, points, present_classes, steepness, training_loss
 from otseg.model import Masks
 
 
@@ -76,17 +76,17 @@ def test_chunks(chunk):
     compare(logits, label, chunk=chunk)
 
 
-@pytest.mark.parametrize("occurring", [4, 5, 100])
-def test_more_classes_may_occur_than_do(occurring):
+@pytest.mark.parametrize("occurring", [7, 8, 10, 100])
+def test_more_masks_may_occur_than_do(occurring):
     logits, label = inputs("absent")
-    assert len(label[label != IGNORE].unique()) == 4
+    assert present_classes(label, 5).sum() == 7 and logits.shape[:2] == (2, 5)
     compare(logits, label, occurring=occurring)
 
 
-def test_fewer_classes_may_not():
+def test_fewer_masks_may_not():
     logits, label = inputs("absent")
-    with pytest.raises(ValueError, match="occurring = 3 but label holds 4 classes"):
-        mask_loss(logits, label, occurring=3)
+    with pytest.raises(ValueError, match="occurring = 6 but label has pixels of 7 masks"):
+        mask_loss(logits, label, occurring=6)
 
 
 @pytest.mark.parametrize("scale", [1, 60])
@@ -120,19 +120,83 @@ def test_gradcheck(size, full):
 @pytest.mark.parametrize("size_in, size_out", [(4, 16), (5, 35), (3, 7), (1, 4), (6, 6), (8, 3)])
 def test_interpolation_matrix(size_in, size_out):
     x = torch.randn(2, 3, size_in, dtype=torch.float64)
-    close(x @ bilinear(size_in, size_out, x.dtype, x.device).T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
+    U, weight = interpolation(size_in, size_out, None, x.dtype, x.device)
+    close(x @ U.T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
+    assert (weight == 1).all()
 
 
+@pytest.mark.parametrize("nodes", [None, 4])
 @pytest.mark.parametrize("size_in, size_out, rows", [(32, 512, 64), (5, 35, 4), (4, 4, 3), (8, 3, 1), (1, 9, 5)])
-def test_bands_of_the_interpolation_matrix(size_in, size_out, rows):
+def test_bands_of_the_interpolation_matrix(size_in, size_out, rows, nodes):
     "Together they are the matrix, and none has more columns than it needs."
     here = torch.float32, torch.device("cpu")
-    up = bilinear(size_in, size_out, *here)
-    whole = torch.zeros_like(up)
-    for pixels, tokens, U in bands(size_in, size_out, rows, *here):
-        whole[pixels, tokens] = U
-        assert U.shape[1] <= len(U) * size_in // size_out + 3
-    assert torch.equal(whole, up)
+    up, weights = interpolation(size_in, size_out, nodes, *here)
+    whole, pieces = torch.zeros_like(up), bands(size_in, size_out, nodes, rows, *here)
+    for at, tokens, U, _ in pieces:
+        whole[at, tokens] = U
+        assert U.shape[1] <= len(U) * size_in // min(size_out, len(up)) + 3
+    assert torch.equal(whole, up) and torch.equal(torch.cat([weight for *_, weight in pieces]), weights)
+
+
+# absent masks: fewer points than pixels
+
+
+@pytest.mark.parametrize("pixels, nodes", [(2, 1), (5, 4), (16, 3), (16, 8), (33, 12), (256, 6)])
+def test_gauss_nodes_are_exact_for_polynomials(pixels, nodes):
+    where, weight = gauss_nodes(pixels, nodes)
+    all_x = (torch.arange(pixels, dtype=torch.float64) - (pixels - 1) / 2) / pixels
+    assert len(where) == nodes and (weight > 0).all() and where.abs().max() < pixels / 2
+    for degree in range(2 * nodes):
+        assert abs((weight * (where / pixels) ** degree).sum() - (all_x**degree).sum()) < 1e-12 * pixels
+
+
+@pytest.mark.parametrize("nodes", [None, 1, 4, 8])
+@pytest.mark.parametrize("size_in, size_out", [(32, 512), (5, 33), (7, 73), (4, 4), (9, 4), (1, 6), (6, 47)])
+def test_points(size_in, size_out, nodes):
+    "Weights add up to the pixels, also token by token, and no interval has more points than it may."
+    at, weight = points(size_in, size_out, nodes)
+    assert (at.diff() >= 0).all() and 0 <= at.min() and at.max() <= size_in - 1
+    close(weight.sum(), torch.tensor(float(size_out), dtype=torch.float64), 1e-12)
+    (U, w), (every, _) = (interpolation(size_in, size_out, n, torch.float64, at.device) for n in (nodes, None))
+    close(w @ U, every.sum(0), 1e-12)
+    inner = at[(at > 0) & (at < size_in - 1)]
+    if nodes:
+        assert all((inner.floor() == token).sum() <= nodes for token in range(size_in))
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.05, 0.15, 0.3, 0.6, 1, 1.5, 4, 30])
+@pytest.mark.parametrize("shift", [-12, -4, 0, 6])
+def test_absent_masks_of_any_steepness(scale, shift):
+    "As accurate with few points as with all, in the sum and in each token's gradient."
+    rng = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(2, 3, 6, 7, generator=rng) + shift).requires_grad_()
+    label = torch.full((2, 96, 84), IGNORE)
+    theirs = plain_loss(exact := logits.detach().double().requires_grad_(), label)["focal"]
+    want = torch.autograd.grad(theirs, exact)[0]
+    ours = mask_loss(logits, label)["focal"]
+    got = torch.autograd.grad(ours, logits)[0]
+    assert abs(ours - theirs) < 5e-6 * theirs
+    assert ((got - want).abs() < 1e-5 * want + 1e-12 * want.max()).all()
+
+
+def test_steep_masks_get_more_points():
+    "Each mask its own; all pixels for those that are steeper than the table goes, or not a number."
+    shape = torch.zeros(1, 4, 4)
+    shape[0, 2, 1] = 1
+    heights = torch.tensor([0, *STEEPEST.values(), 100, torch.nan])
+    masks = heights[:, None, None] * shape
+    assert steepness(masks)[:-1].tolist() == heights[:-1].tolist()
+    found = list(by_nodes(masks, torch.arange(len(masks))))
+    assert [nodes for nodes, _ in found] == [*STEEPEST, None]
+    assert [chosen.tolist() for _, chosen in found] == [[0, 1], *([i] for i in range(2, len(STEEPEST) + 1)), [len(masks) - 2, len(masks) - 1]]
+    assert [nodes for nodes, _ in by_nodes(masks.double(), torch.arange(len(masks)))] == [None]
+
+
+def test_no_logit_is_lost_to_nan():
+    logits, label = inputs("absent", dtype=torch.float32)
+    with torch.no_grad():
+        logits[0, 0, 1, 2] = torch.nan
+    assert mask_loss(logits, label)["focal"].isnan()
 
 
 # what follows from the definition
