@@ -6,12 +6,13 @@
 __all__ = ['TASKS', 'PATIENCE', 'SIZES', 'plain_plan', 'plain_mask_loss', 'PlainEncoder', 'PlainOTSeg', 'plain',
            'plain_training_loss', 'blocks_of_labels', 'random_model', 'flops', 'ott_plans', 'transport_task',
            'loss_task', 'autocast', 'step_task', 'loading_task', 'window_task', 'photo_task', 'agreement_task',
-           'memory', 'measure_here', 'measure', 'compare', 'table', 'check_parameters', 'machine']
+           'memory', 'tensor_peak', 'measure_here', 'measure', 'compare', 'table', 'check_parameters', 'machine']
 
 # %% ../nbs/17_bench.ipynb #ccb90959
 import copy
 import gc
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg, write_png
 
@@ -316,10 +319,20 @@ def memory(device: str, reset: bool = False) -> tuple[float, float]:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
 
+def tensor_peak(run: Callable) -> float:
+    "The most that tensors on the CPU hold at a time while `run` runs, MB."
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as account:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        account.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0)
+    return max(accumulate((size for _, size in changes), initial=0)) / 2**20
+
 PATIENCE = 30  # seconds of repeats, after which two are enough
 
 def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> dict:
-    "Seconds of each repeat, peak memory above the inputs and in all (MB), and the task's number."
+    "Seconds of each repeat, memory of tensors, of the process above its inputs, and in all (MB), and the task's number."
     warnings.simplefilter("ignore")
     run, number = TASKS[task](method, device, **sizes)
     gc.collect()
@@ -334,6 +347,9 @@ def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> 
         if device != "cpu":
             torch.cuda.synchronize()
         found["seconds"].append(time.perf_counter() - start)
+    del result
+    if method != "OTT-JAX":  # no tensors of PyTorch
+        found["tensors"] = tensor_peak(run) if device == "cpu" else found["peak"]
     return found
 
 # %% ../nbs/17_bench.ipynb #390a7e0a
@@ -343,7 +359,7 @@ def measure(
     device: str = "cpu",
     repeats: int = 5,  # timed runs, after one to warm up
     **sizes,  # what the task takes
-) -> dict:  # the measured row: task, method, device, sizes, median, low, high (s), peak, total (MB), number; or 'not run'
+) -> dict:  # the measured row: task, method, device, sizes, median, low, high (s), tensors, peak, total (MB), number; or 'not run'
     "Measure a task in a fresh process."
     if task not in TASKS:
         raise ValueError(f"task = {task!r} is not one of {', '.join(TASKS)}")
@@ -379,15 +395,17 @@ def compare(
     base = next((row for row in rows if row["method"] == "plain" and "median" in row), None)
     for row in rows:
         if base and "median" in row:
-            row |= {"faster": base["median"] / row["median"], "smaller": base["peak"] / max(row["peak"], 1)}
+            row["faster"] = base["median"] / row["median"]
+            if "tensors" in row:
+                row["smaller"] = base["tensors"] / max(row["tensors"], 1)
     return rows
 
 def table(rows: list[dict]) -> pd.DataFrame:
     "Rows to look at: milliseconds, megabytes and ratios."
-    shown = pd.DataFrame(rows).reindex(columns=["method", "median", "low", "high", "peak", "total", "number", "faster", "smaller", "note"]).set_index("method")
+    shown = pd.DataFrame(rows).reindex(columns=["method", "median", "low", "high", "tensors", "peak", "total", "number", "faster", "smaller", "note"]).set_index("method")
     shown[["median", "low", "high"]] *= 1000
-    shown.columns = ["ms", "lowest", "highest", "peak MB", "process MB", "number", "times faster", "times smaller", "note"]
-    return shown.round({"ms": 1, "lowest": 1, "highest": 1, "peak MB": 0, "process MB": 0, "times faster": 1, "times smaller": 1}).fillna("")
+    shown.columns = ["ms", "lowest", "highest", "tensors MB", "peak MB", "total MB", "number", "times faster", "times smaller", "note"]
+    return shown.round({"ms": 1, "lowest": 1, "highest": 1, "tensors MB": 0, "peak MB": 0, "total MB": 0, "times faster": 1, "times smaller": 1}).fillna("")
 
 def check_parameters(namespace: dict, before: set[str], more: tuple[str, ...] = ()):
     "Refuse unknown names and values in a benchmark notebook's parameters: papermill itself only warns. Raises ValueError."
@@ -412,7 +430,7 @@ def machine(device: str) -> dict:
     if device != "cpu":
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "bf16": not imitates_bf16() if device == "cpu" else torch.cuda.is_available() and torch.cuda.is_bf16_supported(), "torch": torch.__version__,
             "python": platform.python_version(), "commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
 
 # %% ../nbs/17_bench.ipynb #4f8f23b0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 from helpers import close
-from otseg.ot import sinkhorn, verdicts_later
+from otseg.ot import piecewise, sinkhorn, verdicts_later
 
 golden = Path(__file__).parent / "golden"
 meta = json.loads((golden / "meta.json").read_text())
@@ -256,13 +256,15 @@ def test_a_problem_does_not_see_its_batch():
 
 def test_piecewise(monkeypatch):
     "On a CPU a large batch is taken in pieces: the plans, the gradient and the warning are those of the whole."
-    C = cost("random", 70, 400, 6)
-    whole, grad = sinkhorn(C), gradient(C, 0.05)
+    C, seen = cost("random", 140, 400, 6), []
     monkeypatch.setattr("torch.get_num_threads", lambda: 10**6)
+    whole, grad = sinkhorn(C), gradient(C, 0.05)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    piecewise(lambda part: seen.append(len(part)), C)
+    assert len(seen) == 3 and sum(seen) == 140
     close(sinkhorn(C), whole, 1e-5)
     close(gradient(C, 0.05), grad, 1e-5)
-    monkeypatch.undo()
-    with pytest.warns(UserWarning, match="70 of 70 plans") as caught:
+    with pytest.warns(UserWarning, match="140 of 140 plans") as caught:
         sinkhorn(C, max_iter=1)
     assert len(caught) == 1
 
