@@ -46,6 +46,33 @@ if triton:
             r = r - factor * value
         return r / tl.sum(tl.where(j[:, None] == j[None, :], H, 0.0), 1)
 
+# %% ../nbs/18_kernel.ipynb #84672d18
+if triton:
+    @triton.jit
+    def oscillation(x, prompt):
+        "Largest less smallest entry of x (N,) among the prompts."
+        return tl.max(tl.where(prompt, x, float("-inf")), 0) - tl.min(tl.where(prompt, x, float("inf")), 0)
+
+    @triton.jit
+    def dual_step(Q, want, prompt, ridge, N: tl.constexpr):
+        "Step (N,) of the dual variables as in `otseg.ot`: damped Newton, or Sinkhorn's where a prompt is starved."
+        c = tl.sum(Q, 1)
+        newton = solve_dual(Q, want - c, ridge, N)
+        osc = tl.maximum(oscillation(newton, prompt), 1e-6)
+        newton = newton * tl.where(osc < 1e-2, 1 - osc / 2 + osc * osc / 3, tl.log(1 + osc) / osc)
+        ratio = tl.where(want > 0, want / tl.maximum(c, 1e-300), 1.0)
+        return tl.where(tl.max(ratio, 0) > 100, tl.log(ratio), newton)
+
+    @triton.jit
+    def exponential(Z):
+        "e^Z (N, M), each pixel's largest entry 1."
+        return tl.exp(Z - tl.max(Z, 0)[None, :])
+
+    @triton.jit
+    def plan_of(E, e, mass):
+        "The plan (N, M) with the pixels' masses (M,) for shares E whose rows are scaled by e (N,)."
+        return E * (mass / tl.sum(E * e[:, None], 0))[None, :] * e[:, None]
+
 # %% ../nbs/18_kernel.ipynb #6c71cdac
 if triton:
     @triton.jit
@@ -67,14 +94,13 @@ if triton:
         lowest = tl.min(tl.where(prompt[:, None], cost, float("inf")), 0)
         A = tl.where(prompt[:, None], (lowest[None, :] - cost) * per_eps, float("-inf")).to(F)
         spread = tl.max(tl.max(tl.where(inside & (A > float("-inf")), -A, 0.0), 1), 0)
-        scale = spread * 0 + 1  # of A on this rung
+        scale = tl.full((), 1, F)  # of A on this rung
         if LADDER:
             while spread * scale > 40:
                 scale = scale / 4
-        active, root = want > 0, tl.sqrt(mass)
-        a = tl.where(active, tl.log(tl.where(active, want, 1.0)), float("-inf"))
-        E = tl.exp(A + a.to(F)[:, None])
-        e = tl.full((N,), 1, F)
+        root = tl.sqrt(mass)
+        a = tl.where(want > 0, tl.log(tl.where(want > 0, want, 1.0)), float("-inf"))
+        E, e = tl.exp(A + a.to(F)[:, None]), tl.full((N,), 1, F)
 
         b, finished, climbing = tl.zeros((N,), tl.float64), 0, 1
         while climbing == 1:
@@ -83,21 +109,15 @@ if triton:
             steps = 0 if LADDER else tl.where(spread > 40, max_iter, 0)
             while (steps < max_iter) & (finished == 0):
                 if LADDER:
-                    Z = A * scale + (a + b)[:, None]
-                    E = tl.exp(Z - tl.max(Z, 0)[None, :])
+                    E = exponential(A * scale + (a + b)[:, None])
                 else:
                     e = tl.exp(b).to(F)
-                W = E * (root / tl.sum(E * e[:, None], 0))[None, :] * e[:, None]
+                W = plan_of(E, e, root)
                 Q = products(W, W, N)
-                c = tl.sum(Q, 1)
-                newton = solve_dual(Q, want - c, ridge, N)
-                osc = tl.maximum(tl.max(tl.where(prompt, newton, float("-inf")), 0) - tl.min(tl.where(prompt, newton, float("inf")), 0), 1e-6)
-                newton = newton * tl.where(osc < 1e-2, 1 - osc / 2 + osc * osc / 3, tl.log(1 + osc) / osc)
-                ratio = tl.where(active, want / tl.maximum(c, 1e-300), 1.0)
-                step = tl.where(tl.max(ratio, 0) > 100, tl.log(ratio), newton)
+                c, step = tl.sum(Q, 1), dual_step(Q, want, prompt, ridge, N)
                 exact = tl.max(tl.abs(want - c) - enough * want, 0) <= 0
                 b = b + tl.where(exact, 0.0, step)
-                moved = tl.max(tl.where(prompt, step, float("-inf")), 0) - tl.min(tl.where(prompt, step, float("inf")), 0)
+                moved = oscillation(step, prompt)
                 finished = ((exact | (moved * moved < precision)) & (tl.sum(c, 0) > 0)).to(tl.int32)  # NaN is never finished
                 steps += 1
             climbing = (scale < 1).to(tl.int32)
@@ -105,12 +125,10 @@ if triton:
                 a, b, scale = 4 * (a + b), tl.zeros((N,), tl.float64), 4 * scale
 
         if LADDER:
-            Z = A + (a + b)[:, None]
-            E = tl.exp(Z - tl.max(Z, 0)[None, :])
+            E = exponential(A + (a + b)[:, None])
         else:
             e = tl.exp(b).to(F)
-        plan = E * (mass / tl.sum(E * e[:, None], 0))[None, :] * e[:, None]
-        tl.store(T + at, plan, mask=inside)
+        tl.store(T + at, plan_of(E, e, mass), mask=inside)
         tl.store(done + p, finished)
 
 # %% ../nbs/18_kernel.ipynb #03e68d5a

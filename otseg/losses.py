@@ -52,6 +52,7 @@ def points(
             found.append((inside.mean() + where * (size_in / size_out), weight))
     return torch.cat([at for at, _ in found]), torch.cat([weight for _, weight in found])
 
+# %% ../nbs/05_losses.ipynb #cca23f21
 @lru_cache(maxsize=256)
 def interpolation(size_in: int, size_out: int, nodes: int | None, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     "Matrix (points, size_in) of linear interpolation at the points, and their weights; made once."
@@ -121,6 +122,7 @@ def absent_masks(
         grad[tokens] += (U.T @ slope.flatten(1)).view_as(grad[tokens])
     return (1 - ALPHA) * focal, grad.mul_(1 - ALPHA)
 
+# %% ../nbs/05_losses.ipynb #91ae6838
 def occurring_masks(
     wide: Tensor,  # logits (h, r, W)
     pieces: list,  # `bands` of the rows
@@ -162,6 +164,7 @@ def taken(
     for part in chosen.split(max(chunk // (rows * len(columns)), 1)):
         yield part, (masks[part] @ columns.T).transpose(0, 1).contiguous(), pieces, columns, None if nodes is None else weight
 
+# %% ../nbs/05_losses.ipynb #bb39491f
 def steepness(masks: Tensor) -> Tensor:
     "Largest difference (r,) of neighbouring logits (r, h, w)."
     differences = [masks.diff(dim=axis).abs().flatten(1) for axis in (1, 2)]

@@ -15,6 +15,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes over ten seconds; leave out with -m 'not slow'")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)  # PyTorch begins with another seed in each process
+
+
 @pytest.fixture(scope="session")
 def forest(tmp_path_factory):
     "A miniature of every layout, which no test changes; the folder of one's own is `mine`."

@@ -15,6 +15,7 @@ from otseg.kernel import fits, gradient_fused, solve_fused
 from otseg.ot import plan_gradient, sinkhorn, solve_plan, verdicts_later
 sys.path.insert(0, "tests")
 from test_ot import cost, marginal, gradient
+torch.manual_seed(0)
 
 # the kernels alone
 for m, n, eps, kind, masses in ((60, 6, 0.05, "random", "uniform"), (60, 6, 10.0, "sharp", "skewed"), (64, 8, 0.05, "sharp", "zeros"), (1, 4, 0.05, "random", "skewed"),
@@ -41,7 +42,7 @@ assert torch.equal(sinkhorn(C.mT.contiguous().mT), sinkhorn(C))
 assert sinkhorn(C.bfloat16()).dtype == torch.bfloat16 and sinkhorn(C.double()).dtype == torch.float64 and sinkhorn(C[:0]).shape == (0, 40, 5)
 assert not fits(C.double()) and not fits(torch.empty(1, 17, 40)) and not fits(torch.empty(1, 8, 2049)) and fits(torch.empty(1, 8, 2048))
 
-# groups that exchange nothing: each has its own gradient
+# groups that exchange nothing: each has its own gradient, a difference of terms of the order of T / eps
 both = torch.full((1, 20, 4), 30.0)
 both[:, :10, :2], both[:, 10:, 2:] = A, B = cost("random", 2, 1, 10, 2)
 def grad(C, weight):
@@ -49,7 +50,7 @@ def grad(C, weight):
     return torch.autograd.grad((sinkhorn(C, eps=0.05) * weight).sum(), C)[0]
 weight = torch.rand(20, 4)
 whole, alone = grad(both, weight), grad(A, weight[:10, :2]) / 2
-assert (whole[:, :10, :2] - alone).abs().max() < 1e-5 * alone.abs().max()
+assert (whole[:, :10, :2] - alone).abs().max() < 1e-6 * sinkhorn(both, eps=0.05).max() / 0.05
 
 # not converged, and NaN
 import pytest
