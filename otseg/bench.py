@@ -321,6 +321,7 @@ def memory(device: str, reset: bool = False) -> tuple[float, float]:
 
 def tensor_peak(run: Callable) -> float:
     "The most that tensors on the CPU hold at a time while `run` runs, MB."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say at each call that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as account:
         run()
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import close
-from otseg.bench import SIZES, blocks_of_labels, check_parameters, compare, measure, plain, plain_mask_loss, plain_plan, plain_training_loss, random_model
+from otseg.bench import SIZES, blocks_of_labels, check_parameters, compare, measure, plain, plain_mask_loss, plain_plan, plain_training_loss, random_model, tensor_peak
 from otseg.losses import mask_loss, training_loss
 from otseg.ot import sinkhorn
 from test_notebooks import papermill
@@ -44,6 +44,15 @@ def test_what_is_not_there_is_said():
         measure("transports", "ours")
     (row,) = compare("transport", ("magic",), repeats=1, **SIZES["tiny"]["transport"])
     assert row["note"].startswith("not run: ") and "magic" in row["note"]
+
+
+def test_memory_of_tensors():
+    "What is alive at a time, not what was ever made, nor what was there before."
+    megabyte = lambda: torch.ones(2**18)
+    there = megabyte()
+    assert abs(tensor_peak(lambda: [megabyte() for _ in range(5)]) - 5) < 0.01
+    assert abs(tensor_peak(lambda: [megabyte() is there for _ in range(5)]) - 1) < 0.01
+    assert tensor_peak(lambda: there.sum()) < 0.01
 
 
 @pytest.mark.parametrize("given, says", [
