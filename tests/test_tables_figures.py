@@ -58,23 +58,26 @@ def test_prompts_with_and_without_mpsa(tmp_path):
 
 @pytest.mark.slow
 def test_prompts_of_own_photos(tmp_path):
-    "The shipped model, two photos of different shapes, words that are not all of its classes."
+    "The shipped model, two photos of different shapes, words that are not all of its classes; half a figure replaces no whole one."
+    (tmp_path / "f1_prompts_digits.png").write_text("a whole figure")
     for name, shape in {"a.png": (60, 110, 3), "b.png": (130, 90, 3)}.items():
         Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / name)
     done, text = figure_notebook("f1_prompts", tmp_path, images=f"{tmp_path}/a.png,{tmp_path}/b.png", classes="three,eight|zero,grass", shown="grass,eight")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "digits0-transductive-softmax-seed0" in text and "not run: `papermill nbs/train.ipynb" in text
     assert all(f"{name}, image {photo}" in text for name in ("grass", "eight (unseen)") for photo in ("a.png", "b.png"))
+    assert (tmp_path / "f1_prompts_digits.png").read_text() == "a whole figure"
 
 
 @pytest.mark.slow
 def test_masks_of_the_variants(tmp_path):
     for changes in (ROWS["t3"][0][1], ROWS["t3"][1][1], {}):
         pretend(tmp_path, **changes)
+    (tmp_path / "f2_qualitative_digits.png").write_text("an older figure")
     done, text = figure_notebook("f2_qualitative", tmp_path, settings="inductive", images=1, worst=1, among=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "not run" not in text and all(f"| inductive | {column} |" in text for column in ("CLIP", "softmax, one prompt", "softmax, n prompts", "MPSA", "MPSA, ensemble"))
-    assert "the largest mistake" in text and (tmp_path / "f2_qualitative_digits.png").is_file()
+    assert "the largest mistake" in text and Image.open(tmp_path / "f2_qualitative_digits.png").width > 300
 
 
 @pytest.mark.slow
