@@ -319,8 +319,12 @@ def memory(device: str, reset: bool = False) -> tuple[float, float]:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
 
-def tensor_peak(run: Callable) -> float:
-    "The most that tensors on the CPU hold at a time while `run` runs, MB."
+def tensor_peak(run: Callable, device: str) -> float:
+    "The most that tensors hold at a time while `run` runs, above what they held before, MB."
+    if device != "cpu":
+        before, _ = memory(device, reset=True)
+        run()
+        return memory(device)[1] - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say at each call that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as account:
         run()
@@ -350,7 +354,7 @@ def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> 
         found["seconds"].append(time.perf_counter() - start)
     del result
     if method != "OTT-JAX":  # no tensors of PyTorch
-        found["tensors"] = tensor_peak(run) if device == "cpu" else found["peak"]
+        found["tensors"] = tensor_peak(run, device)
     return found
 
 # %% ../nbs/17_bench.ipynb #390a7e0a

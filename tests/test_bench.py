@@ -50,9 +50,9 @@ def test_memory_of_tensors():
     "What is alive at a time, not what was ever made, nor what was there before."
     megabyte = lambda: torch.ones(2**18)
     there = megabyte()
-    assert abs(tensor_peak(lambda: [megabyte() for _ in range(5)]) - 5) < 0.01
-    assert abs(tensor_peak(lambda: [megabyte() is there for _ in range(5)]) - 1) < 0.01
-    assert tensor_peak(lambda: there.sum()) < 0.01
+    assert abs(tensor_peak(lambda: [megabyte() for _ in range(5)], "cpu") - 5) < 0.01
+    assert abs(tensor_peak(lambda: [megabyte() is there for _ in range(5)], "cpu") - 1) < 0.01
+    assert tensor_peak(lambda: there.sum(), "cpu") < 0.01
 
 
 @pytest.mark.parametrize("given, says", [

@@ -50,7 +50,7 @@ def grad(C, weight):
     return torch.autograd.grad((sinkhorn(C, eps=0.05) * weight).sum(), C)[0]
 weight = torch.rand(20, 4)
 whole, alone = grad(both, weight), grad(A, weight[:10, :2]) / 2
-assert (whole[:, :10, :2] - alone).abs().max() < 1e-6 * sinkhorn(both, eps=0.05).max() / 0.05
+assert (whole[:, :10, :2] - alone).abs().max() < 5e-7 * sinkhorn(both, eps=0.05).max() / 0.05
 
 # not converged, and NaN
 import pytest
