@@ -10,7 +10,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 installed := $(VENV)/installed
 
-.PHONY: demo test jupyter readme export clean
+.PHONY: demo test lint jupyter readme export clean
 
 demo: $(installed)
 	mkdir -p runs
@@ -19,7 +19,7 @@ demo: $(installed)
 	@echo; echo "Executed notebook: runs/digits.ipynb"; echo "Pictures:"; ls runs/digits/*.png
 
 # The numbered notebooks and the index run as tests; papermill runs the others from within pytest. Notebooks share processes,
-# and Triton must know from its import that 18_kernel interprets its kernel.
+# and Triton must know from its import that 41_kernel interprets its kernel.
 test: $(installed)
 	TRITON_INTERPRET=1 $(bin)/nbdev_test --file_re '^(\d\d_|index)'
 	$(bin)/python -m pytest -n $(JOBS) --dist loadfile tests
@@ -30,6 +30,10 @@ jupyter: $(installed)
 
 readme: $(installed)
 	$(bin)/python scripts/readme.py
+
+lint: $(installed)
+	$(bin)/ruff check nbs scripts tests
+	$(bin)/ruff format --check nbs scripts tests
 
 export: $(installed)
 	$(bin)/nbdev_clean

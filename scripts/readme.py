@@ -3,6 +3,7 @@
 Relative links are rewritten to work from the repository's root and pictures that the notebook drew go to
 results/figures. Cells marked `#| hide` stay out, and so does the code of those marked `#| echo: false`.
 """
+
 import posixpath
 import re
 from pathlib import Path

@@ -1,13 +1,14 @@
 """What several test files share: comparison by scale, and a small model with random weights."""
+
 import torch
 import torch.nn.functional as F
 
 from otseg.clip import visual_tower
-from otseg.data import Benchmark, normalize
-from otseg.inference import WEIGHTS
+from otseg.data import Benchmark
+from otseg.evaluation import validate
+from otseg.images import normalize
 from otseg.model import OTSeg
 from otseg.recipes import resolve
-from otseg.training import validate
 
 PATCH, SIDE, D = 8, 32, 16  # of the small CLIP: patch and native image in pixels, embedding
 K, N = 5, 3  # its classes and prompts
@@ -36,8 +37,10 @@ def small_model(kind=OTSeg, **options):
     return kind(visual, **options).eval()
 
 
-def evaluate(model, data, unseen, calibration=0.0, stride=None, paths=tuple(WEIGHTS)):
+def evaluate(model, data, unseen, calibration=0.0, stride=None, paths=tuple(PATH_WEIGHTS)):
     "Metrics of raw images {'image': (3, H, W) in [0, 1], 'label'} at their own size, through the validation of training."
     bench = Benchmark("test", tuple(map(str, range(len(model.text)))), unseen, None, None)
-    recipe = resolve("digits", image_size=model.image_size, stride=stride or round(model.image_size * 5 / 6), calibration=calibration)
-    return validate(model, bench, recipe, [item | {"image": normalize(item["image"])} for item in data], paths)
+    recipe = resolve(
+        "digits", image_size=model.image_size, stride=stride or round(model.image_size * 5 / 6), calibration=calibration
+    )
+    return validate(model, bench, recipe, [item | {"image": normalize(item["image"])} for item in data], paths=paths)

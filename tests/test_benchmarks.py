@@ -1,18 +1,38 @@
 """Training, transductive training, evaluation and evaluation across datasets through papermill, on miniatures of every layout and a random small CLIP."""
+
 import json
 
 import pytest
 import torch
-
 import trees
 from helpers import close
-from otseg.official import convert, official_name
-from otseg.recipes import resolve
-from otseg.training import evaluate_checkpoint, evaluate_main, fit, load, main, read_checkpoint
 from test_clip import save_openai
 from test_notebooks import papermill
 
-SMALL = dict(clip="digits_clip", image_size=48, stride=32, short_side=48, long_side=96, test_short=48, max_iters=2, batch=2, warmup=1, val_every=1, val_images=2, prompts=2, templates=2, depth=2)
+from otseg.cli import main
+from otseg.clip import read_checkpoint
+from otseg.evaluation import evaluate_checkpoint
+from otseg.official import convert, official_name
+from otseg.predict import load
+from otseg.recipes import resolve
+from otseg.training import evaluate_main, fit
+
+SMALL = dict(
+    clip="digits_clip",
+    image_size=48,
+    stride=32,
+    train_short_side=48,
+    train_long_side=96,
+    test_short_side=48,
+    max_iters=2,
+    batch=2,
+    warmup_iters=1,
+    val_interval=1,
+    val_images=2,
+    visual_prompts=2,
+    templates=2,
+    depth=2,
+)
 OWN = {"ade": {"unseen": "wall, sky"}}  # no unseen classes of its own
 
 
@@ -39,7 +59,17 @@ def runs(forest, weights, tmp_path_factory):
     def run(dataset):
         if dataset not in done:
             out = tmp_path_factory.mktemp(dataset)
-            process, executed = papermill("train", out, dataset=dataset, root=place(forest, dataset), clip_weights=weights, workers=0, out=out / "run", records=out / "records", **SMALL | OWN.get(dataset, {}))
+            process, executed = papermill(
+                "train",
+                out,
+                dataset=dataset,
+                root=place(forest, dataset),
+                clip_weights=weights,
+                workers=0,
+                out=out / "run",
+                records=out / "records",
+                **SMALL | OWN.get(dataset, {}),
+            )
             assert process.returncode == 0, process.stderr[-3000:]
             done[dataset] = out, executed
         return done[dataset]
@@ -56,34 +86,52 @@ def test_train(runs, dataset):
     assert [(r["dataset"], r["setting"]) for r in records] == [(dataset, "inductive"), (dataset, "transductive")]
     for r in records:
         assert set(r["metrics"]) == {"mps", "mpsa", "ensemble", "dense_clip"} and r["skipped_images"] == 0
-        assert {"best.safetensors", "half.safetensors", "last.safetensors", "log.jsonl", "record.json"} <= {p.name for p in (out / "run" / r["name"]).iterdir()}
+        assert {"best.safetensors", "half.safetensors", "last.safetensors", "log.jsonl", "record.json"} <= {
+            p.name for p in (out / "run" / r["name"]).iterdir()
+        }
         assert "/" not in json.dumps(r)
-    assert {p.name for p in (out / "run").glob("*.png")} == {f"{kind}_{s}.png" for kind in ("curves", "scenes") for s in ("inductive", "transductive")}
+    assert {p.name for p in (out / "run").glob("*.png")} == {
+        f"{kind}_{s}.png" for kind in ("curves", "scenes") for s in ("inductive", "transductive")
+    }
     text = executed.read_text()
     assert (f"Nothing is published for {dataset}." in text) == (dataset in ("ade", "folder")) and "dense_clip" in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source, target", [("voc", None), ("coco", "voc"), ("coco", "context"), ("coco", "ade"), ("context", "folder")])
+@pytest.mark.parametrize(
+    "source, target", [("voc", None), ("coco", "voc"), ("coco", "context"), ("coco", "ade"), ("context", "folder")]
+)
 def test_evaluate(runs, forest, weights, source, target):
     "On its own dataset or another, with the target's names and as many classes."
     out, _ = runs(source)
     (checkpoint,) = (out / "run").glob("*-inductive-*/last.safetensors")
     record = out / f"on-{target}.json"
-    more = {} if target is None else {"target": target, "test_short": 48}
-    process, executed = papermill("evaluate", out, checkpoint=checkpoint, clip_weights=weights, root=place(forest, target or source), record=record, workers=0, scenes=2, **more)
+    more = {} if target is None else {"target": target, "test_short_side": 48}
+    process, executed = papermill(
+        "evaluate",
+        out,
+        checkpoint=checkpoint,
+        clip_weights=weights,
+        root=place(forest, target or source),
+        record=record,
+        workers=0,
+        scenes=2,
+        **more,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     scores, there = json.loads(record.read_text()), json.loads((checkpoint.parent / "record.json").read_text())
     assert scores["target"] == (target or source) and scores["images"] == 4 and "mIoU" in executed.read_text()
     if target is None:
         assert scores["metrics"] == there["metrics"]
     else:
-        assert scores["recipe"]["calibration"] == 0 and set(scores["metrics"]["ensemble"]["iou"]) == set(classes_of(target, forest))
-        assert scores["recipe"]["pixels"] == ("clip" if target == "ade" else "imagenet")
+        assert scores["recipe"]["calibration"] == 0 and set(scores["metrics"]["ensemble"]["iou"]) == set(
+            classes_of(target, forest)
+        )
+        assert scores["recipe"]["normalization"] == ("clip" if target == "ade" else "imagenet")
 
 
 def classes_of(dataset, forest):
-    from otseg.data import load_benchmark
+    from otseg.benchmarks import load_benchmark
 
     return load_benchmark(dataset, root=place(forest, dataset)).classes
 
@@ -93,25 +141,50 @@ def classes_of(dataset, forest):
 
 @pytest.mark.slow
 def test_a_missing_dataset_stops_the_notebook(tmp_path, weights):
-    process, _ = papermill("train", tmp_path, dataset="coco", root=tmp_path / "nowhere", clip_weights=weights, out=tmp_path / "run", records=tmp_path / "records", **SMALL)
-    assert process.returncode != 0 and "looked for" in process.stderr and "How to get it: COCO-Stuff 164k" in process.stderr
+    process, _ = papermill(
+        "train",
+        tmp_path,
+        dataset="coco",
+        root=tmp_path / "nowhere",
+        clip_weights=weights,
+        out=tmp_path / "run",
+        records=tmp_path / "records",
+        **SMALL,
+    )
+    assert (
+        process.returncode != 0
+        and "looked for" in process.stderr
+        and "How to get it: COCO-Stuff 164k" in process.stderr
+    )
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_settings_that_need_unseen_classes(forest, weights, tmp_path):
-    with pytest.raises(ValueError, match="the setting inductive needs unseen and seen classes, but 0 of the 150 of ade are unseen: name some"):
+    with pytest.raises(
+        ValueError,
+        match="the setting inductive needs unseen and seen classes, but 0 of the 150 of ade are unseen: name some",
+    ):
         fit(resolve("ade", **SMALL), tmp_path, root=forest, clip_weights=weights, progress=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_fully_supervised_without_unseen_classes(forest, weights, tmp_path):
-    record = fit(resolve("ade", "fully_supervised", **SMALL), tmp_path, root=forest, clip_weights=weights, workers=0, progress=False)
+    record = fit(
+        resolve("ade", "fully_supervised", **SMALL),
+        tmp_path,
+        root=forest,
+        clip_weights=weights,
+        workers=0,
+        progress=False,
+    )
     assert record["metrics"]["ensemble"]["miou_unseen"] is None and record["metrics"]["ensemble"]["pacc"] is not None
 
 
 def test_transductive_asks_for_its_checkpoint(forest, weights, tmp_path):
     with pytest.raises(FileNotFoundError, match="run the setting 'inductive' first, or give init"):
-        fit(resolve("voc", "transductive", **SMALL), tmp_path / "run", root=forest, clip_weights=weights, progress=False)
+        fit(
+            resolve("voc", "transductive", **SMALL), tmp_path / "run", root=forest, clip_weights=weights, progress=False
+        )
 
 
 def test_wrong_labels_stop_the_run_before_anything_is_lost(weights, tmp_path):
@@ -124,7 +197,13 @@ def test_wrong_labels_stop_the_run_before_anything_is_lost(weights, tmp_path):
 
 def test_missing_weights(forest, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.pt"):
-        fit(resolve("voc", **SMALL | dict(clip="ViT-B-16-quickgelu")), tmp_path, root=forest, clip_weights=tmp_path / "absent.pt", progress=False)
+        fit(
+            resolve("voc", **SMALL | dict(clip="ViT-B-16-quickgelu")),
+            tmp_path,
+            root=forest,
+            clip_weights=tmp_path / "absent.pt",
+            progress=False,
+        )
 
 
 # from the shell, and one by one
@@ -135,18 +214,43 @@ def voc(forest, weights, tmp_path_factory):
     "A fully supervised run on the miniature of VOC, from the shell's entry."
     out = tmp_path_factory.mktemp("voc")
     args = [f"--{name}={value}" for name, value in SMALL.items()]
-    record = main(["--dataset=voc", "--setting=fully_supervised", f"--root={forest}", f"--out={out}", f"--clip-weights={weights}", "--workers=0", *args])
+    record = main(
+        [
+            "--dataset=voc",
+            "--setting=fully_supervised",
+            f"--root={forest}",
+            f"--out={out}",
+            f"--clip-weights={weights}",
+            "--workers=0",
+            *args,
+        ]
+    )
     return out, record
 
 
 def test_from_the_shell(voc, forest, weights, tmp_path):
     out, record = voc
-    assert json.loads((out / "record.json").read_text()) == record and record["recipe"] == vars(resolve("voc", "fully_supervised", **SMALL))
-    again = evaluate_main([str(out / "last.safetensors"), f"--root={forest}", f"--clip-weights={weights}", f"--record={tmp_path / 'r.json'}"])
+    assert json.loads((out / "record.json").read_text()) == record and record["recipe"] == vars(
+        resolve("voc", "fully_supervised", **SMALL)
+    )
+    again = evaluate_main(
+        [
+            str(out / "last.safetensors"),
+            f"--root={forest}",
+            f"--clip-weights={weights}",
+            f"--record={tmp_path / 'r.json'}",
+        ]
+    )
     assert again["metrics"] == record["metrics"] and json.loads((tmp_path / "r.json").read_text()) == again
 
 
-@pytest.mark.parametrize("args, says", [(["--dataset=cocoa"], "no recipe for dataset = 'cocoa'"), (["--dataset=voc", "--lr=-1", "--root=nowhere"], "looked for nowhere/SegmentationClass")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--dataset=cocoa"], "no recipe for dataset = 'cocoa'"),
+        (["--dataset=voc", "--lr=-1", "--root=nowhere"], "looked for nowhere/SegmentationClass"),
+    ],
+)
 def test_errors_of_the_shell(args, says):
     with pytest.raises(SystemExit, match=says):
         main(args)
@@ -162,14 +266,29 @@ def test_a_checkpoint_needs_no_dataset(voc, weights, monkeypatch):
 
 
 def test_some_images(voc, forest, weights):
-    record, *_ = evaluate_checkpoint(voc[0] / "last.safetensors", root=forest, clip_weights=weights, images=2, workers=0, baseline=False, progress=False)
+    record, *_ = evaluate_checkpoint(
+        voc[0] / "last.safetensors",
+        root=forest,
+        clip_weights=weights,
+        images=2,
+        workers=0,
+        baseline=False,
+        progress=False,
+    )
     assert record["images"] == 2 and set(record["metrics"]) == {"mps", "mpsa", "ensemble"}
     with pytest.raises(ValueError, match="lr was fixed in training"):
         evaluate_checkpoint(voc[0] / "last.safetensors", root=forest, clip_weights=weights, lr=1.0)
 
 
 def test_readers_in_processes_change_nothing(forest, weights, voc, tmp_path):
-    record = fit(resolve("voc", "fully_supervised", **SMALL), tmp_path, root=forest, clip_weights=weights, workers=2, progress=False)
+    record = fit(
+        resolve("voc", "fully_supervised", **SMALL),
+        tmp_path,
+        root=forest,
+        clip_weights=weights,
+        workers=2,
+        progress=False,
+    )
     ours, theirs = (read_checkpoint(folder / "last.safetensors")[0] for folder in (voc[0], tmp_path))
     assert record["metrics"] == voc[1]["metrics"] and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -183,7 +302,13 @@ def official(voc, weights, tmp_path_factory):
     model, *_ = load(voc[0] / "last.safetensors", weights)
     state = {official_name(name, 2): value for name, value in model.state_dict().items() if name != "text"}
     path = tmp_path_factory.mktemp("official") / "latest.pth"
-    torch.save({"meta": {"CLASSES": model.text.new_zeros(0).tolist(), "iter": 2}, "state_dict": state | {"decode_head.loss_decode.criterion.empty_weight": torch.ones(21)}}, path)
+    torch.save(
+        {
+            "meta": {"CLASSES": model.text.new_zeros(0).tolist(), "iter": 2},
+            "state_dict": state | {"decode_head.loss_decode.criterion.empty_weight": torch.ones(21)},
+        },
+        path,
+    )
     return path
 
 
@@ -193,11 +318,24 @@ def test_an_official_checkpoint_scores_the_same(voc, official, forest, weights, 
     if converted:
         path = tmp_path / "otseg.safetensors"
         convert(official, path)
-    changes = {name: SMALL[name] for name in ("stride", "test_short")}
-    record, model, recipe, bench = evaluate_checkpoint(path, root=forest, clip_weights=weights, trained="voc", setting="fully_supervised", clip="digits_clip", workers=0, progress=False, **changes)
-    assert recipe.templates == 6 and recipe.image_size == 512  # the recipe's, not the miniature's
+    changes = {name: SMALL[name] for name in ("stride", "test_short_side")}
+    record, model, recipe, bench = evaluate_checkpoint(
+        path,
+        root=forest,
+        clip_weights=weights,
+        trained="voc",
+        setting="fully_supervised",
+        clip="digits_clip",
+        workers=0,
+        progress=False,
+        **changes,
+    )
+    assert recipe.num_templates == 6 and recipe.image_size == 512  # the recipe's, not the miniature's
     assert record["source"] == "official" and len(record["metrics"]["ensemble"]["iou"]) == 20
-    ours, image = load(voc[0] / "last.safetensors", weights)[0], torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    ours, image = (
+        load(voc[0] / "last.safetensors", weights)[0],
+        torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad():
         for theirs, mine in zip(model(image), ours(image, model.text)):
             close(theirs, mine, 1e-6)
@@ -205,15 +343,30 @@ def test_an_official_checkpoint_scores_the_same(voc, official, forest, weights, 
 
 @pytest.mark.slow
 def test_evaluate_an_official_checkpoint(official, forest, weights, tmp_path):
-    process, _ = papermill("evaluate", tmp_path, checkpoint=official, trained="voc", setting="fully_supervised", clip="digits_clip", target="folder", root=forest / "mine",
-                           clip_weights=weights, record=tmp_path / "r.json", test_short=48, workers=0, scenes=1)
+    process, _ = papermill(
+        "evaluate",
+        tmp_path,
+        checkpoint=official,
+        trained="voc",
+        setting="fully_supervised",
+        clip="digits_clip",
+        target="folder",
+        root=forest / "mine",
+        clip_weights=weights,
+        record=tmp_path / "r.json",
+        test_short_side=48,
+        workers=0,
+        scenes=1,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     assert json.loads((tmp_path / "r.json").read_text())["target"] == "folder"
 
 
 def test_an_official_checkpoint_of_another_dataset(official, forest, weights):
     with pytest.raises(ValueError, match="trained with 20 classes, but context has 59, 49 of them seen"):
-        evaluate_checkpoint(official, root=forest, clip_weights=weights, trained="context", clip="digits_clip", progress=False)
+        evaluate_checkpoint(
+            official, root=forest, clip_weights=weights, trained="context", clip="digits_clip", progress=False
+        )
     with pytest.raises(ValueError, match="not a checkpoint of otseg.*official ones"):
         evaluate_checkpoint(official, root=forest, clip_weights=weights, progress=False)
 
@@ -229,8 +382,17 @@ def test_vit_b16_in_openai_format(tmp_path):
     torch.manual_seed(0)
     save_openai(load_clip("ViT-B-16-quickgelu", None, precision="fp16"), tmp_path / "ViT-B-16.pt")
     trees.write_folder(tmp_path / "mine", size=(300, 420), n=1)
-    recipe = resolve("folder", max_iters=1, batch=1, templates=1, warmup=1, val_images=1)
-    record = fit(recipe, tmp_path / "run", root=tmp_path / "mine", clip_weights=tmp_path / "ViT-B-16.pt", workers=0, progress=False)
+    recipe = resolve("folder", max_iters=1, batch_size=1, num_templates=1, warmup_iters=1, val_images=1)
+    record = fit(
+        recipe,
+        tmp_path / "run",
+        root=tmp_path / "mine",
+        clip_weights=tmp_path / "ViT-B-16.pt",
+        workers=0,
+        progress=False,
+    )
     assert record["metrics"]["ensemble"]["pacc"] is not None
     state, about = read_checkpoint(tmp_path / "run/last.safetensors")
-    assert state["encoder.deep_prompt_embeddings"].shape == (11, 10, 768) and all(v.isfinite().all() for v in state.values())
+    assert state["encoder.deep_prompt_embeddings"].shape == (11, 10, 768) and all(
+        v.isfinite().all() for v in state.values()
+    )

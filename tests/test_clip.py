@@ -14,11 +14,15 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file, save_file
 
 from otseg import clip as C
-from otseg.clip import TEMPLATES, ImageEncoder, class_embeddings, load_clip, run_block, visual_tower
+from otseg.clip import load_clip, visual_tower
+from otseg.encoder import ImageEncoder, run_block
+from otseg.text import TEMPLATES, class_embeddings
 
 golden = Path(__file__).parent / "golden"
 tiny = dict(
-    embed_dim=32, quick_gelu=True, vision_cfg=dict(image_size=64, layers=2, width=64, head_width=16, patch_size=16),
+    embed_dim=32,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=64, layers=2, width=64, head_width=16, patch_size=16),
     text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=2, layers=2),
 )
 
@@ -27,7 +31,11 @@ tiny = dict(
 def folder(tmp_path_factory):
     "Configurations of small architectures, known to open_clip, and a CLIP in three kinds of file."
     path = tmp_path_factory.mktemp("clip")
-    for name, cfg in {"test-quickgelu": tiny, "test": tiny | {"quick_gelu": False}, "test-vocab": tiny | {"text_cfg": tiny["text_cfg"] | {"vocab_size": 100}}}.items():
+    for name, cfg in {
+        "test-quickgelu": tiny,
+        "test": tiny | {"quick_gelu": False},
+        "test-vocab": tiny | {"text_cfg": tiny["text_cfg"] | {"vocab_size": 100}},
+    }.items():
         (path / f"{name}.json").write_text(json.dumps(cfg))
     for name in "test-quickgelu", "test", "test-vocab":
         open_clip.add_model_config(path / f"{name}.json")
@@ -55,7 +63,9 @@ def save_openai(clip, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dtype = clip.visual.conv1.weight.dtype
-        inputs = dict(encode_image=torch.zeros(1, 3, side, side, dtype=dtype), encode_text=torch.zeros(1, 77, dtype=torch.long))
+        inputs = dict(
+            encode_image=torch.zeros(1, 3, side, side, dtype=dtype), encode_text=torch.zeros(1, 77, dtype=torch.long)
+        )
         torch.jit.trace_module(clip, inputs, check_trace=False).save(str(path))
     for block in clip.transformer.resblocks:
         del block.attn_mask
@@ -63,9 +73,11 @@ def save_openai(clip, path):
 
 def golden_encoder(dropout=0.0):
     state = load_file(golden / "official_state_dict.safetensors")
-    encoder = ImageEncoder(visual_tower(64, 4, 4, 16, 64, 32), prompts=5, dropout=dropout)
+    encoder = ImageEncoder(visual_tower(64, 4, 4, 16, 64, 32), visual_prompts=5, dropout=dropout)
     ours = lambda k: k if k.startswith(("prompt", "deep")) else f"visual.{k}"
-    encoder.load_state_dict({ours(k.removeprefix("backbone.")): v for k, v in state.items() if k.startswith("backbone.")})
+    encoder.load_state_dict(
+        {ours(k.removeprefix("backbone.")): v for k, v in state.items() if k.startswith("backbone.")}
+    )
     return encoder
 
 
@@ -112,18 +124,25 @@ def test_native_positions_are_not_touched(monkeypatch):
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_without_prompts_it_is_clip(quick_gelu):
     tower, image = visual_tower(48, 3, 3, 8, 32, 16, quick_gelu), torch.randn(2, 3, 32, 32)
-    f = ImageEncoder(tower, prompts=0, double_class_token=False)(image)
+    f = ImageEncoder(tower, visual_prompts=0, double_class_token=False)(image)
     torch.testing.assert_close(f.cls, F.normalize(tower(image), dim=-1))
     tower.output_tokens = True  # ln_post of the patches, before the projection
     torch.testing.assert_close(f.patches, F.normalize(tower(image)[1] @ tower.proj, dim=-1))
-    twice = ImageEncoder(tower, prompts=0)(image).cls
+    twice = ImageEncoder(tower, visual_prompts=0)(image).cls
     assert (twice - f.cls).abs().max() > 1e-3
 
 
 def test_what_is_trained():
-    encoder = ImageEncoder(visual_tower(64, 4, 4, 16, 64, 32), prompts=7).train()
+    encoder = ImageEncoder(visual_tower(64, 4, 4, 16, 64, 32), visual_prompts=7).train()
     names = {n for n, p in encoder.named_parameters() if p.requires_grad}
-    assert names == {"prompt_embeddings", "deep_prompt_embeddings", "prompt_proj.weight", "prompt_proj.bias", "prompt_norm.weight", "prompt_norm.bias"}
+    assert names == {
+        "prompt_embeddings",
+        "deep_prompt_embeddings",
+        "prompt_proj.weight",
+        "prompt_proj.bias",
+        "prompt_norm.weight",
+        "prompt_norm.bias",
+    }
     assert encoder.prompt_embeddings.shape == (1, 7, 64) and encoder.deep_prompt_embeddings.shape == (3, 7, 64)
     f = encoder(torch.randn(2, 3, 64, 48))
     (f.patches.sum() + f.cls.square()[:, :5].sum()).backward()
@@ -136,7 +155,7 @@ def test_what_is_trained():
 
 def test_initial_prompts():
     torch.manual_seed(0)
-    encoder = ImageEncoder(visual_tower(64, 4, 4, 16, 64, 32), prompts=50)
+    encoder = ImageEncoder(visual_tower(64, 4, 4, 16, 64, 32), visual_prompts=50)
     v = (6 / (3 * 16**2 + 64)) ** 0.5
     for p in encoder.prompt_embeddings, encoder.deep_prompt_embeddings:
         assert 0.99 * v < p.max() <= v and -v <= p.min() < -0.99 * v
@@ -183,8 +202,14 @@ def test_images_of_no_whole_patches(size):
 
 
 def test_towers_that_do_not_fit():
-    make = lambda **k: VisionTransformer(image_size=32, patch_size=16, width=32, layers=1, heads=2, mlp_ratio=4.0, output_dim=16, **k)
-    for tower, what in (make(pool_type="avg"), "'avg'"), (make(attentional_pool=True, attn_pooler_heads=2), "'attention'"), (torch.nn.Conv2d(3, 3, 3), "Conv2d"):
+    make = lambda **k: VisionTransformer(
+        image_size=32, patch_size=16, width=32, layers=1, heads=2, mlp_ratio=4.0, output_dim=16, **k
+    )
+    for tower, what in (
+        (make(pool_type="avg"), "'avg'"),
+        (make(attentional_pool=True, attn_pooler_heads=2), "'attention'"),
+        (torch.nn.Conv2d(3, 3, 3), "Conv2d"),
+    ):
         with pytest.raises(ValueError, match=what):
             ImageEncoder(tower)
     with pytest.raises(ValueError, match="5 heads do not divide the width 64"):
@@ -201,7 +226,9 @@ def test_files(folder, clip, file):
     for name, value in clip.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]) and value.dtype == torch.float32
     tokens, image = open_clip.tokenize(["a dog"]), torch.randn(1, 3, 64, 64)
-    assert torch.equal(clip.encode_text(tokens), again.encode_text(tokens)) and torch.equal(clip.encode_image(image), again.encode_image(image))
+    assert torch.equal(clip.encode_text(tokens), again.encode_text(tokens)) and torch.equal(
+        clip.encode_image(image), again.encode_image(image)
+    )
 
 
 def test_archive_is_read_as_torch_reads_it(folder):
@@ -214,7 +241,9 @@ def test_archive_is_read_as_torch_reads_it(folder):
 
 
 def test_wrapped_and_prefixed_state(folder, clip):
-    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, folder / "wrapped.pt")
+    torch.save(
+        {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, folder / "wrapped.pt"
+    )
     assert torch.equal(load_clip("test-quickgelu", folder / "wrapped.pt").text_projection, clip.text_projection)
 
 
@@ -278,15 +307,27 @@ def test_wrong_architecture(folder):
         load_clip("ViT-S-16", folder / "clip.pt")
     with pytest.raises(ValueError, match="QuickGELU but test computes GELU: use test-quickgelu"):
         load_clip("test", folder / "openai.pt")
-    for tag, arch, use in ("openai", "ViT-B-16", "ViT-B-16-quickgelu"), ("laion2b_s34b_b88k", "ViT-B-16-quickgelu", "neither"):
+    for tag, arch, use in (
+        ("openai", "ViT-B-16", "ViT-B-16-quickgelu"),
+        ("laion2b_s34b_b88k", "ViT-B-16-quickgelu", "neither"),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=use):
             load_clip(arch, tag)
 
 
-@pytest.mark.parametrize("arch, why", [
-    ("RN50", "ResNet"), ("coca_ViT-B-32", "attentional_pool"), ("ViT-B-16-SigLIP", "timm"), ("roberta-ViT-B-32", "hf_model_name"),
-    ("EVA02-B-16", "timm"), ("convnext_base", "timm"), ("ViT-L-14-CLIPA", "hf_tokenizer"), ("ViT-B/16", "near: ViT-B-16"),
-])
+@pytest.mark.parametrize(
+    "arch, why",
+    [
+        ("RN50", "ResNet"),
+        ("coca_ViT-B-32", "attentional_pool"),
+        ("ViT-B-16-SigLIP", "timm"),
+        ("roberta-ViT-B-32", "hf_model_name"),
+        ("EVA02-B-16", "timm"),
+        ("convnext_base", "timm"),
+        ("ViT-L-14-CLIPA", "hf_tokenizer"),
+        ("ViT-B/16", "near: ViT-B-16"),
+    ],
+)
 def test_unsupported_architectures(arch, why):
     if arch not in open_clip.list_models() and "/" not in arch:
         pytest.skip("this open_clip has no such architecture")
@@ -321,11 +362,20 @@ def test_embeddings(clip):
         assert torch.equal(text, class_embeddings(names, TEMPLATES[:6], clip))
 
 
-@pytest.mark.parametrize("names, templates, why", [
-    ("dog", TEMPLATES, "list of non-empty strings, not 'dog'"), (["dog", ""], TEMPLATES, "non-empty"), (["dog", 3], TEMPLATES, "non-empty"),
-    ([], TEMPLATES, "names is empty"), (["dog"], [], "templates is empty"), (["dog", "cat", "dog"], TEMPLATES, "3 given, 2 different"),
-    (["dog"], ["a photo"], "has 0 places"), (["dog"], ["{} and {}"], "has 2 places"), (["very " * 80], TEMPLATES, "tokens long but the text tower reads 77"),
-])
+@pytest.mark.parametrize(
+    "names, templates, why",
+    [
+        ("dog", TEMPLATES, "list of non-empty strings, not 'dog'"),
+        (["dog", ""], TEMPLATES, "non-empty"),
+        (["dog", 3], TEMPLATES, "non-empty"),
+        ([], TEMPLATES, "names is empty"),
+        (["dog"], [], "templates is empty"),
+        (["dog", "cat", "dog"], TEMPLATES, "3 given, 2 different"),
+        (["dog"], ["a photo"], "has 0 places"),
+        (["dog"], ["{} and {}"], "has 2 places"),
+        (["very " * 80], TEMPLATES, "tokens long but the text tower reads 77"),
+    ],
+)
 def test_bad_texts(clip, names, templates, why):
     with pytest.raises(ValueError, match=why):
         class_embeddings(names, templates, clip)
@@ -402,7 +452,7 @@ def test_the_real_size_in_openai_format(tmp_path):
     assert torch.equal(again.visual.conv1.weight, clip.visual.conv1.weight.float())
     assert class_embeddings(["dog"], TEMPLATES[:6], again).shape == (1, 6, 512)
     with torch.no_grad():
-        f = ImageEncoder(again.visual, prompts=10).eval()(torch.randn(1, 3, 512, 512))
+        f = ImageEncoder(again.visual, visual_prompts=10).eval()(torch.randn(1, 3, 512, 512))
     assert f.grid == (32, 32) and f.patches.shape == (1, 1024, 512) and f.patches.isfinite().all()
 
 
@@ -413,7 +463,10 @@ def test_a_block_without_what_becomes_of_the_prompts(quick, prompts):
     torch.manual_seed(0)
     block = visual_tower(64, 1, 4, 8, 32, 16, quick).double().transformer.resblocks[0]
     x, e = (torch.randn(2, s, 64, dtype=torch.float64, requires_grad=True) for s in (10, prompts))
-    ours, theirs = run_block(block, x, e if prompts else None), block(torch.cat([x[:, :1], e, x[:, 1:]], 1))[:, [0, *range(1 + prompts, 10 + prompts)]]
+    ours, theirs = (
+        run_block(block, x, e if prompts else None),
+        block(torch.cat([x[:, :1], e, x[:, 1:]], 1))[:, [0, *range(1 + prompts, 10 + prompts)]],
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), (x, e)[: 1 + bool(prompts)]) for out in (ours, theirs))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -426,9 +479,15 @@ def test_other_sizes(arch, patch, dim):
     from otseg.model import OTSeg
 
     clip = load_clip(arch, None)
-    model = OTSeg(clip.visual, class_embeddings(["dog", "sky"], TEMPLATES[:1], clip), image_size=4 * patch, prompts=3).eval()
+    model = OTSeg(
+        clip.visual, class_embeddings(["dog", "sky"], TEMPLATES[:1], clip), image_size=4 * patch, visual_prompts=3
+    ).eval()
     with torch.no_grad():
         masks = model(torch.randn(1, 3, 2 * patch, 3 * patch))
-    assert model.text.shape == (2, 1, dim) and masks.mps.shape == masks.mpsa.shape == (1, 2, 2, 3) and masks.mpsa.isfinite().all()
+    assert (
+        model.text.shape == (2, 1, dim)
+        and masks.mps.shape == masks.mpsa.shape == (1, 2, 2, 3)
+        and masks.mpsa.isfinite().all()
+    )
     with pytest.raises(ValueError, match="no whole number of"):
         model(torch.randn(1, 3, 2 * patch + 1, 3 * patch))

@@ -1,15 +1,17 @@
 """Batches that one seed determines, crops, and labels that training may see."""
+
 from collections import Counter
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from otseg.data import PIXELS, UNLABELLED, Benchmark, Crops, EndlessBatches, generator, label_table, load_benchmark, normalize, random_crop
-from otseg.losses import IGNORE
+from otseg.benchmarks import load_benchmark
+from otseg.data import UNLABELLED, Benchmark, EndlessBatches, TrainCrops, generator, label_table, random_crop
+from otseg.images import IGNORE, NORMALIZATIONS, normalize
 from otseg.recipes import resolve
 
-MEAN, STD = PIXELS["imagenet"]
+MEAN, STD = NORMALIZATIONS["imagenet"]
 
 
 class Noise(Dataset):
@@ -33,14 +35,23 @@ def plain(size, **changes):
 
 @pytest.mark.parametrize("size, batch", [(10, 4), (4, 4), (3, 8), (7, 3), (1, 2)])
 def test_every_epoch_shows_every_image_once(size, batch):
-    keys = [key for keys in EndlessBatches(size, batch, seed=0, stop=size * 3) for key in keys]  # batch whole epochs, 3 times
-    assert len(keys) == 3 * size * batch and Counter(keys) == Counter((e, i) for e in range(3 * batch) for i in range(size))
+    keys = [
+        key for keys in EndlessBatches(size, batch, seed=0, stop=size * 3) for key in keys
+    ]  # batch whole epochs, 3 times
+    assert len(keys) == 3 * size * batch and Counter(keys) == Counter(
+        (e, i) for e in range(3 * batch) for i in range(size)
+    )
     assert [e for e, _ in keys] == sorted(e for e, _ in keys)
 
 
 def test_epochs_and_seeds_differ():
     order = lambda seed, epoch: EndlessBatches(50, 5, seed, 1).order(epoch)
-    assert order(0, 0) == order(0, 0) and order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0) and order(0, 1) != order(1, 0)
+    assert (
+        order(0, 0) == order(0, 0)
+        and order(0, 0) != order(0, 1)
+        and order(0, 0) != order(1, 0)
+        and order(0, 1) != order(1, 0)
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 12])
@@ -55,7 +66,9 @@ def test_processes_share_the_batch(world):
     whole = list(EndlessBatches(10, 8, seed=1, stop=6))
     parts = [list(EndlessBatches(10, 8, seed=1, stop=6, rank=rank, world=world)) for rank in range(world)]
     for batch, *shares in zip(whole, *parts):
-        assert sorted(key for share in shares for key in share) == sorted(batch) and {len(s) for s in shares} == {8 // world}
+        assert sorted(key for share in shares for key in share) == sorted(batch) and {len(s) for s in shares} == {
+            8 // world
+        }
 
 
 def test_a_batch_that_cannot_be_shared():
@@ -75,7 +88,7 @@ def test_generators_differ():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_key_determines_the_crop(workers):
     "Whatever was drawn before, and in whatever process."
-    crops = Crops(Noise(), plain(16, seed=3), label_table(5, (0, 1, 2, 3, 4)))
+    crops = TrainCrops(Noise(), plain(16, seed=3), label_table(5, (0, 1, 2, 3, 4)))
     batches = EndlessBatches(len(crops), 4, seed=3, stop=4)
     torch.manual_seed(workers)
     for keys, batch in zip(batches, DataLoader(crops, batch_sampler=batches, num_workers=workers)):
@@ -86,12 +99,12 @@ def test_a_key_determines_the_crop(workers):
 
 def test_crops_differ_by_epoch_and_seed():
     table = label_table(5, (0, 1, 2, 3, 4))
-    views = [Crops(Noise(), plain(10, seed=seed), table)[epoch, 2]["label"] for seed in (0, 1) for epoch in (0, 1)]
+    views = [TrainCrops(Noise(), plain(10, seed=seed), table)[epoch, 2]["label"] for seed in (0, 1) for epoch in (0, 1)]
     assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
 
 
 def test_a_crop_is_normalised_and_relabelled():
-    image, label, *_ = Crops(Noise(), plain(10), label_table(5, (1, 3), UNLABELLED))[0, 1].values()
+    image, label, *_ = TrainCrops(Noise(), plain(10), label_table(5, (1, 3), UNLABELLED))[0, 1].values()
     red = (image[0] * STD[0] + MEAN[0]) * 10  # the label before
     want = red.round().long()
     assert torch.equal(label, torch.where((want == 1) | (want == 3), want, UNLABELLED))
@@ -175,7 +188,14 @@ def test_digits(split):
     assert sorted(bench.seen + bench.unseen) == list(range(16))
 
 
-@pytest.mark.parametrize("args, says", [(("cocoa", 0), "dataset = 'cocoa' is not one of digits, voc, context, coco, ade, folder"), (("digits", 3), "split is 3"), (("digits", -1), "split is -1")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (("cocoa", 0), "dataset = 'cocoa' is not one of digits, voc, context, coco, ade, folder"),
+        (("digits", 3), "split is 3"),
+        (("digits", -1), "split is -1"),
+    ],
+)
 def test_unknown_benchmarks(args, says):
     with pytest.raises(ValueError, match=says):
         load_benchmark(*args)

@@ -1,23 +1,29 @@
 """Every device computes what the CPU does, and nothing falls back to it."""
+
 from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import K, N, close, evaluate, random_image, random_text, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import K, N, close, evaluate, random_image, random_text, small_model
 from otseg import kernel, ot
-from otseg.data import UNLABELLED, Benchmark, normalize
+from otseg.data import UNLABELLED, Benchmark
+from otseg.images import IGNORE, normalize
 from otseg.inference import predict_paths, predict_probs
-from otseg.losses import IGNORE, training_loss
+from otseg.losses import training_loss
 from otseg.model import DenseCLIP, OTSeg
 from otseg.mpsa import ATTENTIONS
 from otseg.ot import sinkhorn
 from otseg.recipes import resolve
-from otseg.training import Run, optimizer, pseudo_label, step
+from otseg.steps import make_optimizer, pseudo_label
+from otseg.training import Run, step
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
 devices = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -33,7 +39,11 @@ def forward_and_back(device, attention):
     masks = model(random_image().to(device))
     terms = training_loss(masks, labels().to(device))
     sum(terms.values()).backward()
-    out = dict(zip(masks._fields, masks)) | terms | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    out = (
+        dict(zip(masks._fields, masks))
+        | terms
+        | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    )
     assert all(t.device.type == device for t in out.values())
     return {name: t.detach().cpu() for name, t in out.items()}
 
@@ -62,7 +72,10 @@ def test_prediction(device):
     assert prob.device.type == device and prob.shape == (1, K, 50, 60)
     close(prob.cpu(), predict_probs(small_model(), image.cpu(), seen=(0, 2), size=(50, 60)), 1e-4)
     assert all(pred.device.type == device for pred in predict_paths(model, image).values())
-    assert model(image, text).mps.device.type == device and model.trainable_state()["descriptor.proj.weight"].device.type == device
+    assert (
+        model(image, text).mps.device.type == device
+        and model.trainable_state()["descriptor.proj.weight"].device.type == device
+    )
 
 
 @devices
@@ -92,7 +105,9 @@ class NoTensorOf(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            assert not isinstance(t, torch.Tensor) or t.device.type != self.device, f"{func} makes a tensor on {self.device}"
+            assert not isinstance(t, torch.Tensor) or t.device.type != self.device, (
+                f"{func} makes a tensor on {self.device}"
+            )
         return out
 
 
@@ -111,14 +126,34 @@ def test_no_tensor_of_another_device():
 
 def a_run(device, setting, attention="mpsa", per_device=2):
     "A run of the small model on a device, and a batch for it."
-    recipe, unseen = resolve("digits", setting, batch=4, attention=attention), (1, 4)
+    recipe, unseen = resolve("digits", setting, batch_size=4, attention=attention), (1, 4)
     model = small_model(attention=attention).to(device)
     text = model.text[[0, 2, 3]] if setting == "inductive" else model.text
-    run = Run(recipe, Benchmark("test", tuple("abcde"), unseen, None, None), None, Accelerator(cpu=device != "cuda"), model, model,
-              optimizer(model, recipe), None, None, per_device, 0, False, text, torch.tensor(unseen).to(device))
-    label = torch.cat([labels(4), torch.full((4, 2, 32), UNLABELLED)], 1) % (len(text) if setting == "inductive" else 256)
-    occurs = torch.stack([t.flatten().bincount(minlength=256) > 0 for t in label])
-    return run, {"image": random_image(4, 34).to(device)[..., :32, :], "label": label[:, :32].to(device), "occurs": occurs}
+    run = Run(
+        recipe,
+        Benchmark("test", tuple("abcde"), unseen, None, None),
+        None,
+        Accelerator(cpu=device != "cuda"),
+        model,
+        model,
+        make_optimizer(model, recipe),
+        None,
+        None,
+        per_device,
+        0,
+        False,
+        text,
+        torch.tensor(unseen).to(device),
+    )
+    label = torch.cat([labels(4), torch.full((4, 2, 32), UNLABELLED)], 1) % (
+        len(text) if setting == "inductive" else 256
+    )
+    present_labels = torch.stack([t.flatten().bincount(minlength=256) > 0 for t in label])
+    return run, {
+        "image": random_image(4, 34).to(device)[..., :32, :],
+        "label": label[:, :32].to(device),
+        "present_labels": present_labels,
+    }
 
 
 class NoTransfer(TorchDispatchMode):
@@ -149,7 +184,15 @@ def test_no_transfer_is_noticed():
                 copy()
 
 
-steps = pytest.mark.parametrize("setting, attention, per_device", [("inductive", "mpsa", 4), ("transductive", "mpsa", 2), ("fully_supervised", "uniform", 1), ("transductive", "softmax", 4)])
+steps = pytest.mark.parametrize(
+    "setting, attention, per_device",
+    [
+        ("inductive", "mpsa", 4),
+        ("transductive", "mpsa", 2),
+        ("fully_supervised", "uniform", 1),
+        ("transductive", "softmax", 4),
+    ],
+)
 
 
 @steps
@@ -159,7 +202,7 @@ def test_a_step_does_not_wait(monkeypatch, setting, attention, per_device):
     monkeypatch.setattr(ot, "kernel_fits", kernel.fits)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown there
     run, batch = a_run("meta", setting, attention, per_device)
-    with ot.verdicts_later() as verdicts:
+    with ot.defer_convergence_checks() as verdicts:
         step(run, batch, 0)  # what is made once is made
         with monkeypatch.context() as m, NoTransfer():
             m.setattr(torch, "tensor", None)  # of Python's numbers: a copy, which the meta device leaves out
@@ -173,7 +216,7 @@ def test_a_step_does_not_wait(monkeypatch, setting, attention, per_device):
 @steps
 def test_a_step_on_a_gpu_does_not_wait(setting, attention, per_device):
     run, batch = a_run("cuda", setting, attention, per_device)
-    with ot.verdicts_later():
+    with ot.defer_convergence_checks():
         step(run, batch, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,4 +1,5 @@
 """`otseg.export`: the fixed number of steps converges, and onnxruntime says what PyTorch says."""
+
 import sys
 
 import numpy as np
@@ -6,9 +7,9 @@ import pytest
 import torch
 
 from otseg import cli
-from otseg.data import normalize
 from otseg.digits import Digits
 from otseg.export import OUTPUTS, STEPS, Graph, eliminate, export_onnx, fixed_plan
+from otseg.images import normalize
 from otseg.ot import sinkhorn
 from otseg.predict import load
 
@@ -25,7 +26,12 @@ def test_elimination(n):
 def test_fixed_steps_converge(n, kind):
     g = torch.Generator().manual_seed(0)
     C = 2 * torch.rand(30, 200, n, generator=g)
-    C = {"even": C, "shifted": C / 2 + torch.rand(30, 1, n, generator=g), "rare": (C > 1.95).float() * 2, "equal": torch.ones_like(C)}[kind]
+    C = {
+        "even": C,
+        "shifted": C / 2 + torch.rand(30, 1, n, generator=g),
+        "rare": (C > 1.95).float() * 2,
+        "equal": torch.ones_like(C),
+    }[kind]
     T = fixed_plan(C, 0.05)
     assert T.dtype == torch.float32 and torch.allclose(T.sum(-1), torch.tensor(1 / 200), atol=1e-7)
     assert (T - sinkhorn(C, eps=0.05)).abs().max() * 200 * n < 1e-3 and (n * T.sum(-2) - 1).abs().max() < 1e-4
@@ -43,6 +49,7 @@ def exported(tmp_path_factory):
 @pytest.mark.slow
 def test_onnxruntime_agrees_on_real_images(exported):
     import onnxruntime
+
     seg, path, errors = exported
     assert max(errors.values()) < 1e-4 and [p.name for p in path.parent.iterdir()] == ["a.onnx"]
     session = onnxruntime.InferenceSession(path)

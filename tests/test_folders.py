@@ -1,4 +1,5 @@
 """Datasets on disk: what is found, what is read, what is refused, and what the check says."""
+
 import json
 import re
 import subprocess
@@ -7,14 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+import trees
 from PIL import Image
 
-import trees
-from otseg.data import Crops, Unreadable, Whole, distort, fit_size, generator, load_benchmark, main, resize, resize_label, saturate
-from otseg.folders import LAYOUTS, check, find_root, id_table, read_ids, read_image, released
-from otseg.losses import IGNORE
+from otseg.benchmarks import load_benchmark
+from otseg.cli import main
+from otseg.data import EvalView, TrainCrops, distort, generator, saturate
+from otseg.folders import LAYOUTS, check, find_root, id_table, released
+from otseg.images import IGNORE, Unreadable, fit_size, read_ids, read_image, resize, resize_label
 from otseg.recipes import resolve
-from otseg.training import lr_at
+from otseg.steps import lr_at
 
 COUNTS = {"voc": (8, 4), "context": (4, 4), "coco": (4, 4), "ade": (4, 4), "folder": (4, 4)}
 CLASSES = {"voc": (20, 5), "context": (59, 10), "coco": (171, 15), "ade": (150, 0), "folder": (3, 1)}
@@ -35,8 +38,15 @@ def test_every_layout(forest, dataset):
     assert (len(bench.images("train")), len(bench.images("val"))) == COUNTS[dataset]
     for split in ("train", "val"):
         for item in (data := bench.images(split)) and [data[i] for i in range(len(data))]:
-            assert item["image"].shape == (3, *item["label"].shape) and item["image"].dtype == torch.float32 and 0 <= item["image"].min() <= item["image"].max() <= 1
-            assert item["label"].dtype == torch.int64 and set(item["label"].unique().tolist()) <= {*range(len(bench.classes)), IGNORE}
+            assert (
+                item["image"].shape == (3, *item["label"].shape)
+                and item["image"].dtype == torch.float32
+                and 0 <= item["image"].min() <= item["image"].max() <= 1
+            )
+            assert item["label"].dtype == torch.int64 and set(item["label"].unique().tolist()) <= {
+                *range(len(bench.classes)),
+                IGNORE,
+            }
 
 
 @pytest.mark.parametrize("dataset, first", [("voc", 1), ("context", 1), ("coco", 0), ("ade", 1)])
@@ -52,7 +62,9 @@ def test_ids(forest, dataset, first):
 @pytest.mark.parametrize("dataset", LAYOUTS)
 def test_released_facts(dataset):
     facts = released(dataset)
-    assert len(set(facts["classes"])) == len(facts["classes"]) == len(facts["palette"]) and set(facts["unseen"]) <= set(facts["classes"])
+    assert len(set(facts["classes"])) == len(facts["classes"]) == len(facts["palette"]) and set(facts["unseen"]) <= set(
+        facts["classes"]
+    )
 
 
 def test_voc_in_every_place(forest, monkeypatch):
@@ -60,17 +72,19 @@ def test_voc_in_every_place(forest, monkeypatch):
     own = forest / "VOCdevkit/VOC2012"
     assert find_root("voc", own) == find_root("voc", forest) == own
     monkeypatch.setenv("OTSEG_DATA", str(forest))
-    assert find_root("voc") == own and len(load_benchmark("voc").images("val")) == 4
+    assert find_root("voc") == own and len(load_benchmark(BenchmarkSource("voc")).images("val")) == 4
 
 
 def test_nowhere(tmp_path, monkeypatch):
     monkeypatch.delenv("OTSEG_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="where is the dataset 'coco'.*OTSEG_DATA"):
-        load_benchmark("coco").images("train")
-    with pytest.raises(FileNotFoundError, match="looked for .*VOCdevkit/VOC2012/SegmentationClass.*How to get it: VOC 2012"):
-        load_benchmark("voc", root=tmp_path).images("train")
+        load_benchmark(BenchmarkSource("coco")).images("train")
+    with pytest.raises(
+        FileNotFoundError, match="looked for .*VOCdevkit/VOC2012/SegmentationClass.*How to get it: VOC 2012"
+    ):
+        load_benchmark(BenchmarkSource("voc", root=tmp_path)).images("train")
     with pytest.raises(FileNotFoundError, match="dataset.json"):
-        load_benchmark("folder", root=tmp_path)
+        load_benchmark(BenchmarkSource("folder", root=tmp_path))
 
 
 def test_context_lists_in_either_place(forest, tmp_path):
@@ -79,7 +93,7 @@ def test_context_lists_in_either_place(forest, tmp_path):
     (root / "ImageSets/SegmentationContext").mkdir(parents=True)
     for name in ("train.txt", "val.txt"):
         (root / name).rename(root / "ImageSets/SegmentationContext" / name)
-    assert len(load_benchmark("context", root=tmp_path).images("train")) == 4
+    assert len(load_benchmark(BenchmarkSource("context", root=tmp_path)).images("train")) == 4
 
 
 def test_unseen_by_name():
@@ -91,37 +105,43 @@ def test_unseen_by_name():
 # a folder of one's own
 
 
-@pytest.mark.parametrize("background, ids, classes, lowest", [
-    (None, (0, 1, 2), ("wall", "cup", "spoon"), 0),
-    ("ignore", (0, 1, 2, 3), ("wall", "cup", "spoon"), 0),
-    ("other things", (0, 1, 2, 3), ("other things", "wall", "cup", "spoon"), 0),
-])
+@pytest.mark.parametrize(
+    "background, ids, classes, lowest",
+    [
+        (None, (0, 1, 2), ("wall", "cup", "spoon"), 0),
+        ("ignore", (0, 1, 2, 3), ("wall", "cup", "spoon"), 0),
+        ("other things", (0, 1, 2, 3), ("other things", "wall", "cup", "spoon"), 0),
+    ],
+)
 def test_background(tmp_path, background, ids, classes, lowest):
     trees.write_folder(tmp_path, ids, **({"background": background} if background else {}))
-    bench = load_benchmark("folder", root=tmp_path)
+    bench = load_benchmark(BenchmarkSource("folder", root=tmp_path))
     assert bench.classes == classes and bench.unseen == (classes.index("spoon"),)
     raw, label = read_ids(bench.images("val").files[0][1]).long(), bench.images("val")[0]["label"]
     shift = int(background == "ignore")
     assert torch.equal(label[raw < 255], torch.where(raw < shift, IGNORE, raw - shift)[raw < 255])
 
 
-@pytest.mark.parametrize("about, says", [
-    ("[]", "has list; it needs"),
-    ("{", "cannot be read as JSON"),
-    ('{"classes": "wall"}', "classes is 'wall', a list of names is needed"),
-    ('{"classes": ["wall", 3]}', "a list of names is needed"),
-    ('{"classes": ["wall", ""]}', "a list of names is needed"),
-    ('{"classes": []}', "names 0 classes"),
-    ('{"classes": ["a", "a"]}', "names 2 classes, 1 of them different"),
-    ('{"classes": ["a"], "unseen": ["b"]}', "unseen class 'b' is not among the classes a"),
-    ('{"classes": ["a"], "unsene": ["a"]}', "has classes, unsene"),
-    ('{"classes": ["a"], "background": 0}', 'background is 0, "ignore" or a class name'),
-    (json.dumps({"classes": [str(i) for i in range(251)]}), "names 251 classes"),
-])
+@pytest.mark.parametrize(
+    "about, says",
+    [
+        ("[]", "has list; it needs"),
+        ("{", "cannot be read as JSON"),
+        ('{"classes": "wall"}', "classes is 'wall', a list of names is needed"),
+        ('{"classes": ["wall", 3]}', "a list of names is needed"),
+        ('{"classes": ["wall", ""]}', "a list of names is needed"),
+        ('{"classes": []}', "names 0 classes"),
+        ('{"classes": ["a", "a"]}', "names 2 classes, 1 of them different"),
+        ('{"classes": ["a"], "unseen": ["b"]}', "unseen class 'b' is not among the classes a"),
+        ('{"classes": ["a"], "unsene": ["a"]}', "has classes, unsene"),
+        ('{"classes": ["a"], "background": 0}', 'background is 0, "ignore" or a class name'),
+        (json.dumps({"classes": [str(i) for i in range(251)]}), "names 251 classes"),
+    ],
+)
 def test_wrong_descriptions(tmp_path, about, says):
     (tmp_path / "dataset.json").write_text(about)
     with pytest.raises(ValueError, match=says):
-        load_benchmark("folder", root=tmp_path)
+        load_benchmark(BenchmarkSource("folder", root=tmp_path))
 
 
 # what is read
@@ -131,7 +151,9 @@ def test_wrong_descriptions(tmp_path, about, says):
 def test_every_mode_becomes_rgb(tmp_path, mode):
     ending = "jpg" if mode == "CMYK" else "png"
     base = Image.fromarray((np.arange(60).reshape(6, 10) * 4).astype(np.uint8))
-    (Image.fromarray(np.arange(60, dtype=np.uint16).reshape(6, 10)) if mode == "I;16" else base.convert(mode)).save(tmp_path / f"a.{ending}")
+    (Image.fromarray(np.arange(60, dtype=np.uint16).reshape(6, 10)) if mode == "I;16" else base.convert(mode)).save(
+        tmp_path / f"a.{ending}"
+    )
     assert read_image(tmp_path / f"a.{ending}").shape == (3, 6, 10)
 
 
@@ -142,11 +164,19 @@ def test_exif_turns_an_image(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (3, 20, 10)
 
 
-@pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(p.read_bytes()[:300]), lambda p: p.write_bytes(b""), lambda p: p.write_text("not an image"), lambda p: p.unlink()],
-                         ids=["truncated", "empty", "text", "missing"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: p.write_bytes(p.read_bytes()[:300]),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_text("not an image"),
+        lambda p: p.unlink(),
+    ],
+    ids=["truncated", "empty", "text", "missing"],
+)
 def test_unreadable_files(forest, tmp_path, spoil):
     trees.write_folder(tmp_path, size=(200, 300))
-    data = load_benchmark("folder", root=tmp_path).images("val")
+    data = load_benchmark(BenchmarkSource("folder", root=tmp_path)).images("val")
     for path, read in zip(data.files[1], (read_image, read_ids)):
         spoil(path)
         with pytest.raises(Unreadable, match=f"{path.name} cannot be read as"):
@@ -155,7 +185,7 @@ def test_unreadable_files(forest, tmp_path, spoil):
 
 def test_colours_are_no_ids(tmp_path):
     trees.write_folder(tmp_path)
-    data = load_benchmark("folder", root=tmp_path).images("val")
+    data = load_benchmark(BenchmarkSource("folder", root=tmp_path)).images("val")
     Image.open(data.files[0][1]).convert("RGB").save(data.files[0][1])
     with pytest.raises(ValueError, match="is a RGB picture: a label map has one channel"):
         data[0]
@@ -163,7 +193,7 @@ def test_colours_are_no_ids(tmp_path):
 
 def test_sizes_must_agree(tmp_path):
     trees.write_folder(tmp_path)
-    data = load_benchmark("folder", root=tmp_path).images("val")
+    data = load_benchmark(BenchmarkSource("folder", root=tmp_path)).images("val")
     Image.new("L", (5, 7)).save(data.files[0][1])
     with pytest.raises(ValueError, match=r"photo 0.jpg is 40 x 90 pixels but photo 0.png is 7 x 5 pixels"):
         data[0]
@@ -171,8 +201,10 @@ def test_sizes_must_agree(tmp_path):
 
 def test_raw_ids_of_coco_stuff(tmp_path):
     trees.write_coco(tmp_path, ids=(0, 90, 181))
-    data = load_benchmark("coco", root=tmp_path).images("val")
-    with pytest.raises(ValueError, match="181, which are no class: these are ids of the raw release.*coco_stuff164k.py"):
+    data = load_benchmark(BenchmarkSource("coco", root=tmp_path)).images("val")
+    with pytest.raises(
+        ValueError, match="181, which are no class: these are ids of the raw release.*coco_stuff164k.py"
+    ):
         [data[i] for i in range(4)]
 
 
@@ -188,7 +220,7 @@ def test_lists_stay_inside(forest, tmp_path, name):
     trees.write_voc(tmp_path)
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text(f"{name}\n")
     with pytest.raises(ValueError, match="which is no plain name of an image"):
-        load_benchmark("voc", root=tmp_path).images("val")
+        load_benchmark(BenchmarkSource("voc", root=tmp_path)).images("val")
 
 
 # the check
@@ -199,7 +231,9 @@ def test_check_of_a_sound_dataset(forest, dataset):
     "Of the released ones, all that is wrong with a miniature is the number of its images."
     found, problems = check(dataset, forest / "mine" if dataset == "folder" else forest)
     assert len(found) == 3 and f"{CLASSES[dataset][0]} classes, {CLASSES[dataset][1]} of them unseen" in found[0]
-    assert len(problems) == (0 if dataset == "folder" else 2) and all("but the released dataset has" in line for line in problems)
+    assert len(problems) == (0 if dataset == "folder" else 2) and all(
+        "but the released dataset has" in line for line in problems
+    )
 
 
 def spoil_ids(ids):
@@ -210,20 +244,32 @@ def remove(pattern):
     return lambda root: [p.unlink() for p in sorted(root.glob(pattern))[:1]]
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (lambda root: None, None),
-    (remove("labels/train/*.png"), "train: 1 of 4 label maps are missing, the first is .*photo 0.png"),
-    (lambda root: [p.unlink() for p in root.glob("images/val/*")], "val: folder has no val images below"),
-    (spoil_ids((1, 2, 3)), 'has the ids 3, which are no class: the labels seem to count from 1.*"background": "ignore"'),
-    (lambda root: trees.write_folder(root, (1, 2), n=20), "no pixel has the id 0, which is the first class"),
-    (spoil_ids((0, 1, 77)), "has the ids 77, which are no class: 0 to 2 are the 3 classes"),
-    (lambda root: Image.new("RGB", (37, 61)).save(root / "labels/val/photo 0.png"), "is a RGB picture"),
-    (lambda root: Image.new("L", (5, 5)).save(root / "labels/val/photo 0.png"), "an image and its label map have one size"),
-    (lambda root: (root / "images/val/photo 0.jpg").write_bytes(b"x"), "photo 0.jpg cannot be read as an image"),
-    (lambda root: [Image.new("L", Image.open(p).size, 255).save(p) for p in root.glob("labels/val/*")], "val: no pixel of the sample has a class"),
-    (lambda root: (root / "dataset.json").write_text("[]"), "it needs"),
-    (lambda root: (root / "dataset.json").unlink(), "no dataset 'folder'"),
-])
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda root: None, None),
+        (remove("labels/train/*.png"), "train: 1 of 4 label maps are missing, the first is .*photo 0.png"),
+        (lambda root: [p.unlink() for p in root.glob("images/val/*")], "val: folder has no val images below"),
+        (
+            spoil_ids((1, 2, 3)),
+            'has the ids 3, which are no class: the labels seem to count from 1.*"background": "ignore"',
+        ),
+        (lambda root: trees.write_folder(root, (1, 2), n=20), "no pixel has the id 0, which is the first class"),
+        (spoil_ids((0, 1, 77)), "has the ids 77, which are no class: 0 to 2 are the 3 classes"),
+        (lambda root: Image.new("RGB", (37, 61)).save(root / "labels/val/photo 0.png"), "is a RGB picture"),
+        (
+            lambda root: Image.new("L", (5, 5)).save(root / "labels/val/photo 0.png"),
+            "an image and its label map have one size",
+        ),
+        (lambda root: (root / "images/val/photo 0.jpg").write_bytes(b"x"), "photo 0.jpg cannot be read as an image"),
+        (
+            lambda root: [Image.new("L", Image.open(p).size, 255).save(p) for p in root.glob("labels/val/*")],
+            "val: no pixel of the sample has a class",
+        ),
+        (lambda root: (root / "dataset.json").write_text("[]"), "it needs"),
+        (lambda root: (root / "dataset.json").unlink(), "no dataset 'folder'"),
+    ],
+)
 def test_check_names_the_fault(tmp_path, spoil, says):
     trees.write_folder(tmp_path)
     spoil(tmp_path)
@@ -237,11 +283,15 @@ def test_check_of_shifted_labels(tmp_path):
 
 
 def test_check_from_the_shell(forest, tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, "-m", "otseg.data", "check", *map(str, args)], capture_output=True, text=True)
+    run = lambda *args: subprocess.run(
+        [sys.executable, "-m", "otseg.data", "check", *map(str, args)], capture_output=True, text=True
+    )
     good = run("folder", forest / "mine")
     assert good.returncode == 0 and "all is well" in good.stdout and "Traceback" not in good.stderr
     bad = run("voc", tmp_path)
-    assert bad.returncode == 1 and "PROBLEM no dataset 'voc': looked for" in bad.stdout and "Traceback" not in bad.stderr
+    assert (
+        bad.returncode == 1 and "PROBLEM no dataset 'voc': looked for" in bad.stdout and "Traceback" not in bad.stderr
+    )
     with pytest.raises(SystemExit):
         main(["check", "cocoa"])
 
@@ -249,46 +299,132 @@ def test_check_from_the_shell(forest, tmp_path):
 # the pipelines, against their numbers
 
 
-@pytest.mark.parametrize("size, short, long, want", [
-    ((375, 500), 512, 0, (512, 683)), ((500, 375), 512, 0, (683, 512)), ((512, 512), 512, 0, (512, 512)),
-    ((480, 640), 512, 0, (512, 683)), ((427, 640), 512, 0, (512, 767)), ((333, 500), 520, 0, (520, 781)),
-    ((100, 1000), 512, 0, (512, 5120)), ((100, 1000), 512, 2048, (205, 2048)), ((1000, 100), 512, 2048, (2048, 205)),
-    ((375, 500), 256, 1024, (256, 341)), ((375, 500), 1024, 4096, (1024, 1365)), ((375, 500), 520, 520, (390, 520)), ((1, 3000), 512, 2048, (1, 2048)),
-])
+@pytest.mark.parametrize(
+    "size, short, long, want",
+    [
+        ((375, 500), 512, 0, (512, 683)),
+        ((500, 375), 512, 0, (683, 512)),
+        ((512, 512), 512, 0, (512, 512)),
+        ((480, 640), 512, 0, (512, 683)),
+        ((427, 640), 512, 0, (512, 767)),
+        ((333, 500), 520, 0, (520, 781)),
+        ((100, 1000), 512, 0, (512, 5120)),
+        ((100, 1000), 512, 2048, (205, 2048)),
+        ((1000, 100), 512, 2048, (2048, 205)),
+        ((375, 500), 256, 1024, (256, 341)),
+        ((375, 500), 1024, 4096, (1024, 1365)),
+        ((375, 500), 520, 520, (390, 520)),
+        ((1, 3000), 512, 2048, (1, 2048)),
+    ],
+)
 def test_sizes(size, short, long, want):
     "size = int(side * f + 0.5) with f = min(L / max(h, w), s / min(h, w))."
     assert fit_size(size, short, long) == want
 
 
-@pytest.mark.parametrize("dataset, fields", [
-    ("voc", dict(image_size=512, stride=426, max_iters=20_000, prompts=10, templates=6, short_side=512, long_side=2048, test_short=512, test_long=0)),
-    ("context", dict(image_size=480, stride=80, max_iters=40_000, prompts=10, templates=8, short_side=520, long_side=520, test_short=520, test_long=0)),
-    ("coco", dict(image_size=512, stride=426, max_iters=80_000, prompts=100, templates=8, short_side=512, long_side=2048, test_short=512, test_long=0)),
-])
+@pytest.mark.parametrize(
+    "dataset, fields",
+    [
+        (
+            "voc",
+            dict(
+                image_size=512,
+                stride=426,
+                max_iters=20_000,
+                visual_prompts=10,
+                templates=6,
+                train_short_side=512,
+                train_long_side=2048,
+                test_short_side=512,
+                test_long_side=0,
+            ),
+        ),
+        (
+            "context",
+            dict(
+                image_size=480,
+                stride=80,
+                max_iters=40_000,
+                visual_prompts=10,
+                templates=8,
+                train_short_side=520,
+                train_long_side=520,
+                test_short_side=520,
+                test_long_side=0,
+            ),
+        ),
+        (
+            "coco",
+            dict(
+                image_size=512,
+                stride=426,
+                max_iters=80_000,
+                visual_prompts=100,
+                templates=8,
+                train_short_side=512,
+                train_long_side=2048,
+                test_short_side=512,
+                test_long_side=0,
+            ),
+        ),
+    ],
+)
 def test_recipes_of_the_paper(dataset, fields):
-    common = dict(batch=16, lr=2e-4, weight_decay=0.01, warmup=1500, min_lr=1e-6, power=0.9, focal=100.0, dice=1.0, min_scale=0.5, max_scale=2.0, flip=0.5, photometric=True, pixels="imagenet", depth=3, eps=0.05, dropout=0.1, clip="ViT-B-16-quickgelu")
-    inductive, transductive, full = (vars(resolve(dataset, s)) for s in ("inductive", "transductive", "fully_supervised"))
+    common = dict(
+        batch=16,
+        lr=2e-4,
+        weight_decay=0.01,
+        warmup_iters=1500,
+        min_lr=1e-6,
+        power=0.9,
+        focal=100.0,
+        dice=1.0,
+        min_scale=0.5,
+        max_scale=2.0,
+        flip_prob=0.5,
+        photometric=True,
+        normalization="imagenet",
+        depth=3,
+        eps=0.05,
+        dropout=0.1,
+        clip="ViT-B-16-quickgelu",
+    )
+    inductive, transductive, full = (
+        vars(resolve(dataset, s)) for s in ("inductive", "transductive", "fully_supervised")
+    )
     assert (fields | common | {"calibration": 0.1}).items() <= inductive.items()
-    assert transductive["max_iters"] * 2 == inductive["max_iters"] and transductive["calibration"] == full["calibration"] == 0
+    assert (
+        transductive["max_iters"] * 2 == inductive["max_iters"]
+        and transductive["calibration"] == full["calibration"] == 0
+    )
     assert transductive["stride"] == (420 if dataset == "context" else inductive["stride"])
-    assert vars(resolve("ade"))["pixels"] == "clip" and vars(resolve("ade"))["test_long"] == 2048
+    assert vars(resolve("ade"))["pixels"] == "clip" and vars(resolve("ade"))["test_long_side"] == 2048
 
 
 @pytest.mark.parametrize("T", [20_000, 80_000])
 def test_learning_rates(T):
     recipe = resolve("voc", max_iters=T)
     poly = lambda t: (2e-4 - 1e-6) * (1 - t / T) ** 0.9 + 1e-6
-    want = {0: poly(0) * 1e-6, 1: poly(1) * (1 - (1499 / 1500) * (1 - 1e-6)), 1499: poly(1499) * (1 - (1 / 1500) * (1 - 1e-6)), 1500: poly(1500), T // 2: poly(T // 2), T - 1: poly(T - 1)}
+    want = {
+        0: poly(0) * 1e-6,
+        1: poly(1) * (1 - (1499 / 1500) * (1 - 1e-6)),
+        1499: poly(1499) * (1 - (1 / 1500) * (1 - 1e-6)),
+        1500: poly(1500),
+        T // 2: poly(T // 2),
+        T - 1: poly(T - 1),
+    }
     for t, lr in want.items():
         assert lr_at(t, recipe) == pytest.approx(lr, rel=1e-12)
 
 
 def test_training_view(forest):
     "One size; filled with the mean and without label; flips and scales happen; a key determines it."
-    recipe = resolve("voc", image_size=64, stride=64, short_side=48, long_side=96)
-    crops = Crops(open_one(forest, "voc").images("train"), recipe, torch.arange(256))
+    recipe = resolve("voc", image_size=64, stride=64, train_short_side=48, train_long_side=96)
+    crops = TrainCrops(open_one(forest, "voc").images("train"), recipe, torch.arange(256))
     views = [crops[epoch, 0] for epoch in range(12)]
-    assert all(v["image"].shape == (3, 64, 64) and v["label"].shape == (64, 64) and v["image"].isfinite().all() for v in views)
+    assert all(
+        v["image"].shape == (3, 64, 64) and v["label"].shape == (64, 64) and v["image"].isfinite().all() for v in views
+    )
     short = [v for v in views if (v["label"][-1] == IGNORE).all() and (v["image"][:, -1] == 0).all()]
     assert short and len({v["image"].sum().item() for v in views}) == 12
     assert torch.equal(crops[3, 0]["image"], views[3]["image"])
@@ -296,6 +432,7 @@ def test_training_view(forest):
 
 def test_image_and_label_move_together():
     "With labels drawn as colours, every pixel of every view keeps its colour's label, up to the edges that interpolation blurs."
+
     class Drawn(torch.utils.data.Dataset):
         def __len__(self):
             return 1
@@ -305,10 +442,22 @@ def test_image_and_label_move_together():
             label[20:50, 10:40], label[5:30, 50:75] = 1, 2
             return {"image": (label / 2).expand(3, -1, -1), "label": label}
 
-    crops = Crops(Drawn(), resolve("voc", image_size=48, stride=48, short_side=60, long_side=120, photometric=False, pixels="clip"), torch.arange(256))
-    from otseg.data import PIXELS
+    crops = TrainCrops(
+        Drawn(),
+        resolve(
+            "voc",
+            image_size=48,
+            stride=48,
+            train_short_side=60,
+            train_long_side=120,
+            photometric=False,
+            normalization="clip",
+        ),
+        torch.arange(256),
+    )
+    from otseg.images import NORMALIZATIONS
 
-    (mean, *_), (std, *_) = PIXELS["clip"]
+    (mean, *_), (std, *_) = NORMALIZATIONS["clip"]
     for epoch in range(20):
         view = crops[epoch, 0]
         inside = view["label"] != IGNORE
@@ -317,17 +466,25 @@ def test_image_and_label_move_together():
 
 
 def test_testing_view(forest):
-    recipe = resolve("voc", test_short=96)
+    recipe = resolve("voc", test_short_side=96)
     data = open_one(forest, "voc").images("val")
     for i in range(3):
-        view, item = Whole(data, recipe)[i], data[i]
-        assert torch.equal(view["label"], item["label"]) and view["image"].shape[1:] == fit_size(item["label"].shape, 96) and min(view["image"].shape[1:]) == 96
+        view, item = EvalView(data, recipe)[i], data[i]
+        assert (
+            torch.equal(view["label"], item["label"])
+            and view["image"].shape[1:] == fit_size(item["label"].shape, 96)
+            and min(view["image"].shape[1:]) == 96
+        )
 
 
 @pytest.mark.parametrize("size", [(48, 48), (7, 90), (61, 37)])
 def test_labels_are_never_mixed(size):
     label = torch.tensor([0, 3, IGNORE])[torch.randint(3, (30, 40), generator=generator(0))]
-    assert resize_label(label, size).shape == size and set(resize_label(label, size).unique().tolist()) <= {0, 3, IGNORE}
+    assert resize_label(label, size).shape == size and set(resize_label(label, size).unique().tolist()) <= {
+        0,
+        3,
+        IGNORE,
+    }
     assert resize(torch.rand(3, 30, 40), size).shape == (3, *size)
 
 
@@ -355,9 +512,9 @@ def test_distortion():
 
 def test_an_unreadable_image_is_replaced(tmp_path):
     trees.write_folder(tmp_path)
-    data = load_benchmark("folder", root=tmp_path).images("train")
+    data = load_benchmark(BenchmarkSource("folder", root=tmp_path)).images("train")
     data.files[1][0].write_bytes(b"")
-    crops = Crops(data, resolve("folder", image_size=48, stride=48, short_side=48), torch.arange(256))
+    crops = TrainCrops(data, resolve("folder", image_size=48, stride=48, train_short_side=48), torch.arange(256))
     with pytest.warns(UserWarning, match="cannot be read as an image.*the next image takes its place"):
         assert crops[0, 1]["skipped"] == 1
     assert crops[0, 0]["skipped"] == 0

@@ -1,12 +1,12 @@
 """Sliding windows, both paths and the calibration: against their definition, window by window."""
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import PATCH, SIDE, K, close, evaluate, random_image, random_text, small_model
 
-from helpers import K, PATCH, SIDE, close, evaluate, random_image, random_text, small_model
-from otseg.data import normalize
-from otseg.inference import WEIGHTS, predict_paths, predict_probs, window_masks, window_starts
-from otseg.losses import IGNORE
+from otseg.images import IGNORE, normalize
+from otseg.inference import predict_paths, predict_probs, window_masks, window_starts
 from otseg.metrics import zs3_metrics
 
 SEEN, UNSEEN = (0, 2, 3), (1, 4)
@@ -34,7 +34,11 @@ def test_windows_cover_everything(length, stride):
 
 
 def test_paper_s_windows():
-    assert window_starts(512, 512, 426) == [0] and window_starts(683, 512, 426) == [0, 171] and window_starts(1000, 512, 426) == [0, 426, 488]
+    assert (
+        window_starts(512, 512, 426) == [0]
+        and window_starts(683, 512, 426) == [0, 171]
+        and window_starts(1000, 512, 426) == [0, 426, 488]
+    )
 
 
 @pytest.mark.parametrize("stride", [0, -1, 11])
@@ -60,7 +64,9 @@ def test_sliding_window_is_the_definition():
 def test_model_s_own_window():
     "By default the training size, with strides of five sixths."
     model, image = small_model(), random_image(1, 60, 80)
-    assert torch.equal(predict_probs(model, image), predict_probs(model, image, window=SIDE, stride=round(SIDE * 5 / 6)))
+    assert torch.equal(
+        predict_probs(model, image), predict_probs(model, image, window=SIDE, stride=round(SIDE * 5 / 6))
+    )
 
 
 def test_batches_of_windows_change_nothing():
@@ -103,7 +109,10 @@ def test_sides_need_not_be_whole_patches(h, w):
 @torch.no_grad()
 def test_weight_of_the_paths(path):
     model, image = small_model(), random_image()
-    close(predict_probs(model, image, weight=WEIGHTS[path]), window_prob(model, image, {"mps": 0, "mpsa": 1, "ensemble": 0.5}[path]))
+    close(
+        predict_probs(model, image, weight=WEIGHTS[path]),
+        window_prob(model, image, {"mps": 0, "mpsa": 1, "ensemble": 0.5}[path]),
+    )
 
 
 def test_calibration_lowers_seen_classes_alone():
@@ -113,8 +122,12 @@ def test_calibration_lowers_seen_classes_alone():
         low = predict_probs(model, image, seen=SEEN, calibration=calibration)
         assert torch.equal(low[:, SEEN], plain[:, SEEN] - calibration) and torch.equal(low[:, UNSEEN], plain[:, UNSEEN])
     assert torch.equal(predict_probs(model, image, seen=SEEN), predict_probs(model, image, seen=SEEN, calibration=0.1))
-    assert torch.equal(predict_probs(model, image, seen=None, calibration=0.9), plain) and torch.equal(predict_probs(model, image, seen=()), plain)
-    assert torch.equal(predict_probs(model, image, seen=iter(SEEN)), predict_probs(model, image, seen=torch.tensor(SEEN)))
+    assert torch.equal(predict_probs(model, image, seen=None, calibration=0.9), plain) and torch.equal(
+        predict_probs(model, image, seen=()), plain
+    )
+    assert torch.equal(
+        predict_probs(model, image, seen=iter(SEEN)), predict_probs(model, image, seen=torch.tensor(SEEN))
+    )
 
 
 @pytest.mark.parametrize("size", [(40, 48), (17, 91), (1, 1), (1300, 1500)])
@@ -125,7 +138,17 @@ def test_size(size):
     close(predict_probs(model, image, seen=SEEN, size=size), want)
 
 
-@pytest.mark.parametrize("options", [{}, dict(seen=SEEN, calibration=0.2), dict(window=24, stride=8), dict(size=(50, 70)), dict(seen=SEEN, size=(1300, 1500))], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(seen=SEEN, calibration=0.2),
+        dict(window=24, stride=8),
+        dict(size=(50, 70)),
+        dict(seen=SEEN, size=(1300, 1500)),
+    ],
+    ids=str,
+)
 def test_label_maps_are_the_arg_max_of_the_probabilities(options):
     model, image = small_model(), random_image(2, 40, 48)
     for path, pred in predict_paths(model, image, **options).items():
@@ -178,7 +201,9 @@ def test_evaluate_by_hand(label_sizes, calibration):
     for path, weight in WEIGHTS.items():
         matrix = torch.zeros(K, K, dtype=torch.long)
         for item in data:
-            prob = predict_probs(model, normalize(item["image"])[None], SEEN, calibration, weight, stride=16, size=item["label"].shape)
+            prob = predict_probs(
+                model, normalize(item["image"])[None], SEEN, calibration, weight, stride=16, size=item["label"].shape
+            )
             for truth, pred in zip(item["label"].flatten().tolist(), prob[0].argmax(0).flatten().tolist()):
                 if truth != IGNORE:
                     matrix[truth, pred] += 1
@@ -191,7 +216,11 @@ def test_evaluate_without_dropout_and_gives_the_mode_back():
     model, data = small_model(), dataset()
     calm = evaluate(model, data, UNSEEN)
     stirred = evaluate(model.train(), data, UNSEEN)
-    assert model.training and model.decoder.training and all(torch.equal(calm[path]["iou"], stirred[path]["iou"]) for path in calm)
+    assert (
+        model.training
+        and model.decoder.training
+        and all(torch.equal(calm[path]["iou"], stirred[path]["iou"]) for path in calm)
+    )
     evaluate(model.eval(), data, UNSEEN, paths=("mps",))
     assert not model.training
 
@@ -206,5 +235,7 @@ def test_the_mode_comes_back_after_an_error():
 def test_other_classes():
     "Class embeddings decide how many classes there are."
     text = random_text(2, seed=4)
-    scores = evaluate(small_model(text=text), [{"image": torch.rand(3, 32, 32), "label": torch.ones(32, 32, dtype=torch.long)}], (1,))
+    scores = evaluate(
+        small_model(text=text), [{"image": torch.rand(3, 32, 32), "label": torch.ones(32, 32, dtype=torch.long)}], (1,)
+    )
     assert all(len(s["iou"]) == 2 for s in scores.values())

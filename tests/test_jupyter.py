@@ -3,6 +3,7 @@
 `make jupyter` runs this; it needs Playwright (`pip install playwright`) and a Chromium, and is skipped without them.
 All happens in a temporary copy. With OTSEG_SCREENSHOTS=FOLDER the pictures stay there.
 """
+
 import json
 import os
 import re
@@ -27,7 +28,13 @@ pytestmark = pytest.mark.slow
 def copy(tmp_path_factory):
     """The repository without its history and its runs, training cut short."""
     root = tmp_path_factory.mktemp("jupyter") / "otseg"
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"))
+    shutil.copytree(
+        ROOT,
+        root,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"
+        ),
+    )
     path = root / "nbs/train.ipynb"
     nb = json.loads(path.read_text())
     cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
@@ -35,7 +42,7 @@ def copy(tmp_path_factory):
     for name, value in {**TINY, "out": str(root / "out"), "records": str(root / "records")}.items():
         source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", source, flags=re.MULTILINE)
         assert found == 1, name
-    cell["source"] = source + "\nbatch, warmup, val_every, val_images = 2, 2, 2, 1\n"
+    cell["source"] = source + "\nbatch, warmup, val_interval, val_images = 2, 2, 2, 1\n"
     path.write_text(json.dumps(nb))
     return root
 
@@ -47,12 +54,32 @@ def lab(copy):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     home = copy.parent / "home"  # no settings of the user's, and none left behind
-    env = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
-    args = ["--no-browser", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={copy}", "--allow-root",
-            "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(copy),
+    }
+    args = [
+        "--no-browser",
+        f"--port={port}",
+        "--ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={copy}",
+        "--allow-root",
+        "--LabApp.news_url=",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     log = copy.parent / "lab.log"
-    server = subprocess.Popen([Path(sys.executable).with_name("jupyter-lab"), *args], cwd=copy, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("jupyter-lab"), *args],
+        cwd=copy,
+        env=env,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         for _ in range(120):
             with socket.socket() as s:
@@ -92,21 +119,31 @@ def open_and_run(browser, lab, name, minutes):
     page.goto(f"{lab}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTES)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
     page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=2 * MINUTES)
-    page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for(timeout=2 * MINUTES)  # before that, running would ask for a kernel
+    page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for(
+        timeout=2 * MINUTES
+    )  # before that, running would ask for a kernel
     page.wait_for_timeout(2000)
-    assert page.locator(".jp-Dialog").count() == 0, f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+    assert page.locator(".jp-Dialog").count() == 0, (
+        f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+    )
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=2 * MINUTES)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator("li[data-command='runmenu:run-all']").click()
     page.wait_for_timeout(1000)
-    assert page.locator(".jp-Dialog").count() == 0, f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+    assert page.locator(".jp-Dialog").count() == 0, (
+        f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+    )
     state = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
     quiet = 0
     deadline = time.monotonic() + 60 * minutes
     while quiet < 3:
         assert time.monotonic() < deadline, f"{name} is still running after {minutes} minutes"
         time.sleep(1)
-        quiet = quiet + 1 if page.evaluate(state) == "idle" and not page.locator(".jp-InputPrompt", has_text="[*]").count() else 0
+        quiet = (
+            quiet + 1
+            if page.evaluate(state) == "idle" and not page.locator(".jp-InputPrompt", has_text="[*]").count()
+            else 0
+        )
     return page
 
 

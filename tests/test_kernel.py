@@ -1,4 +1,5 @@
 """The fused kernels: in Triton's interpreter the plans and gradients of the tensor code, and code that compiles for a GPU."""
+
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import sys
 import torch
 import otseg.ot
 from otseg.kernel import fits, gradient_fused, solve_fused
-from otseg.ot import plan_gradient, sinkhorn, solve_plan, verdicts_later
+from otseg.ot import defer_convergence_checks, plan_gradient, sinkhorn, solve_plan
 sys.path.insert(0, "tests")
 from test_ot import cost, marginal, gradient
 torch.manual_seed(0)
@@ -93,7 +94,13 @@ print("all right")
 
 def run(code, **env):
     root = os.path.dirname(os.path.dirname(__file__))
-    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
 
 
 @pytest.mark.slow
@@ -115,12 +122,17 @@ def test_compiles_for_a_gpu(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu():
-    from otseg.kernel import gradient_fused, solve_fused
-    from otseg.ot import plan_gradient, solve_plan
     from test_ot import cost, marginal
 
+    from otseg.kernel import gradient_fused, solve_fused
+    from otseg.ot import plan_gradient, solve_plan
+
     for m, n, eps in ((1024, 8, 0.05), (900, 8, 0.05), (1024, 8, 2e-3), (2048, 8, 0.05), (60, 6, 0.05), (9, 1, 0.05)):
-        C, mu, nu = cost("random", 30, m, n).mT.contiguous().cuda(), marginal("skewed", 30, m).cuda(), marginal("skewed", 30, n).cuda()
+        C, mu, nu = (
+            cost("random", 30, m, n).mT.contiguous().cuda(),
+            marginal("skewed", 30, m).cuda(),
+            marginal("skewed", 30, n).cuda(),
+        )
         (T, done), (want, _) = solve_fused(C, mu, nu, eps, 100, 1e-6), solve_plan(C, mu, nu, eps, 100, 1e-6)
         assert done.all() and (T.sum(2) - nu).abs().max() < 1e-6 and (T - want).abs().max() < 1e-5 * want.max()
         for ours, theirs, unit in zip(gradient_fused(T, C, eps), plan_gradient(T, C, eps), (eps, 1, 1)):

@@ -1,11 +1,25 @@
 """Focal and dice loss by class chunks: the same as without chunks, in value and gradient, and small in memory."""
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
 from helpers import close
-from otseg.losses import IGNORE, STEEPEST, bands, by_nodes, gauss_nodes, interpolation, mask_loss, num_masks, points, present_classes, steepness, training_loss
+
+from otseg.images import IGNORE
+from otseg.losses import (
+    MAX_SLOPE_BY_NODES,
+    bands,
+    gauss_nodes,
+    group_by_node_count,
+    interpolation,
+    mask_loss,
+    num_masks,
+    points,
+    present_classes,
+    steepness,
+    training_loss,
+)
 from otseg.model import Masks
 
 
@@ -47,7 +61,11 @@ def compare(logits, label, tol=1e-9, **options):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert ours[name].shape == () and (ours[name] - theirs[name]).abs() <= tol * (1 + theirs[name].abs())
-        grads = [torch.autograd.grad(loss[name], logits, retain_graph=True)[0] for loss in (ours, theirs) if loss[name].requires_grad]
+        grads = [
+            torch.autograd.grad(loss[name], logits, retain_graph=True)[0]
+            for loss in (ours, theirs)
+            if loss[name].requires_grad
+        ]
         if grads[-1].any():
             close(*grads, tol)
         else:
@@ -63,9 +81,21 @@ def test_labels(kind, k):
     compare(*inputs(kind, k=k))
 
 
-@pytest.mark.parametrize("size, full", [((4, 6), (4, 6)), ((4, 6), (16, 24)), ((3, 5), (21, 15)), ((4, 4), (7, 13)), ((1, 1), (5, 9)), ((2, 7), (2, 70)), ((8, 8), (5, 3)), ((1, 1), (1, 1))])
+@pytest.mark.parametrize(
+    "size, full",
+    [
+        ((4, 6), (4, 6)),
+        ((4, 6), (16, 24)),
+        ((3, 5), (21, 15)),
+        ((4, 4), (7, 13)),
+        ((1, 1), (5, 9)),
+        ((2, 7), (2, 70)),
+        ((8, 8), (5, 3)),
+        ((1, 1), (1, 1)),
+    ],
+)
 def test_resolutions(size, full):
-    "Whole and odd factors, none, and smaller."
+    "EvalView and odd factors, none, and smaller."
     compare(*inputs(size=size, full=full))
 
 
@@ -76,17 +106,17 @@ def test_chunks(chunk):
     compare(logits, label, chunk=chunk)
 
 
-@pytest.mark.parametrize("occurring", [7, 8, 10, 100])
-def test_more_masks_may_occur_than_do(occurring):
+@pytest.mark.parametrize("max_present", [7, 8, 10, 100])
+def test_more_masks_may_occur_than_do(max_present):
     logits, label = inputs("absent")
     assert present_classes(label, 5).sum() == 7 and logits.shape[:2] == (2, 5)
-    compare(logits, label, occurring=occurring)
+    compare(logits, label, max_present=max_present)
 
 
 def test_fewer_masks_may_not():
     logits, label = inputs("absent")
-    with pytest.raises(ValueError, match="occurring = 6 but label has pixels of 7 masks"):
-        mask_loss(logits, label, occurring=6)
+    with pytest.raises(ValueError, match="max_present = 6 but label has pixels of 7 masks"):
+        mask_loss(logits, label, max_present=6)
 
 
 @pytest.mark.parametrize("scale", [1, 60])
@@ -183,13 +213,17 @@ def test_steep_masks_get_more_points():
     "Each mask its own; all pixels for those that are steeper than the table goes, or not a number."
     shape = torch.zeros(1, 4, 4)
     shape[0, 2, 1] = 1
-    heights = torch.tensor([0, *STEEPEST.values(), 100, torch.nan])
+    heights = torch.tensor([0, *MAX_SLOPE_BY_NODES.values(), 100, torch.nan])
     masks = heights[:, None, None] * shape
     assert steepness(masks)[:-1].tolist() == heights[:-1].tolist()
-    found = list(by_nodes(masks, torch.arange(len(masks))))
-    assert [nodes for nodes, _ in found] == [*STEEPEST, None]
-    assert [chosen.tolist() for _, chosen in found] == [[0, 1], *([i] for i in range(2, len(STEEPEST) + 1)), [len(masks) - 2, len(masks) - 1]]
-    assert [nodes for nodes, _ in by_nodes(masks.double(), torch.arange(len(masks)))] == [None]
+    found = list(group_by_node_count(masks, torch.arange(len(masks))))
+    assert [nodes for nodes, _ in found] == [*MAX_SLOPE_BY_NODES, None]
+    assert [chosen.tolist() for _, chosen in found] == [
+        [0, 1],
+        *([i] for i in range(2, len(MAX_SLOPE_BY_NODES) + 1)),
+        [len(masks) - 2, len(masks) - 1],
+    ]
+    assert [nodes for nodes, _ in group_by_node_count(masks.double(), torch.arange(len(masks)))] == [None]
 
 
 def test_no_logit_is_lost_to_nan():
@@ -284,12 +318,15 @@ def test_autocast_changes_nothing():
     logits, label = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         cast = mask_loss(logits, label)
-    assert all(torch.equal(v, cast[name]) and cast[name].dtype == torch.float32 for name, v in mask_loss(logits, label).items())
+    assert all(
+        torch.equal(v, cast[name]) and cast[name].dtype == torch.float32 for name, v in mask_loss(logits, label).items()
+    )
 
 
 def test_nothing_of_full_size_is_kept():
     "What the backward pass waits with does not grow with the label's resolution."
-    def kept(side):
+
+    def load_or_make_record(side):
         logits, label = inputs(k=7, size=(4, 4), full=(side, side))
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -297,7 +334,7 @@ def test_nothing_of_full_size_is_kept():
         assert all(v.requires_grad for v in loss.values())
         return sum(sizes)
 
-    assert kept(256) == kept(16) <= 3 * 2 * 7 * 4 * 4
+    assert load_or_make_record(256) == load_or_make_record(16) <= 3 * 2 * 7 * 4 * 4
 
 
 def test_arguments_are_left_alone():
@@ -310,7 +347,11 @@ def test_arguments_are_left_alone():
 def test_weighted_terms_of_both_paths():
     (mps, label), (mpsa, _) = inputs(), inputs(seed=1)
     terms = training_loss(Masks(mps, mpsa), label, focal=3.0, dice=0.5)
-    want = {f"{path}_{name}": {"focal": 3.0, "dice": 0.5}[name] * value for path, z in (("mps", mps), ("mpsa", mpsa)) for name, value in mask_loss(z, label).items()}
+    want = {
+        f"{path}_{name}": {"focal": 3.0, "dice": 0.5}[name] * value
+        for path, z in (("mps", mps), ("mpsa", mpsa))
+        for name, value in mask_loss(z, label).items()
+    }
     assert terms == want
     assert training_loss(Masks(mps, mpsa), label)["mps_focal"] == 100 * mask_loss(mps, label)["focal"]
 
@@ -318,17 +359,20 @@ def test_weighted_terms_of_both_paths():
 # labels that do not fit
 
 
-@pytest.mark.parametrize("label, says", [
-    (torch.full((2, 8, 8), 5), "label holds class 5 but there are logits for 5 classes"),
-    (torch.full((2, 8, 8), 254), "label holds class 254 but there are logits for 5 classes"),
-    (torch.full((2, 8, 8), 300), "label holds class 300"),
-    (torch.arange(-1, 7).clamp(max=4).expand(2, 8, 8), "label holds class -1"),
-    (torch.zeros(3, 8, 8, dtype=torch.long), r"label has shape \(3, 8, 8\) but logits \(2, 5, 4, 6\)"),
-    (torch.zeros(2, 1, 8, 8, dtype=torch.long), r"label has shape \(2, 1, 8, 8\)"),
-    (torch.zeros(8, 8, dtype=torch.long), r"label has shape \(8, 8\)"),
-    (torch.zeros(2, 8, 8), "int64"),
-    (torch.zeros(2, 8, 8, dtype=torch.uint8), "int64"),
-])
+@pytest.mark.parametrize(
+    "label, says",
+    [
+        (torch.full((2, 8, 8), 5), "label holds class 5 but there are logits for 5 classes"),
+        (torch.full((2, 8, 8), 254), "label holds class 254 but there are logits for 5 classes"),
+        (torch.full((2, 8, 8), 300), "label holds class 300"),
+        (torch.arange(-1, 7).clamp(max=4).expand(2, 8, 8), "label holds class -1"),
+        (torch.zeros(3, 8, 8, dtype=torch.long), r"label has shape \(3, 8, 8\) but logits \(2, 5, 4, 6\)"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.long), r"label has shape \(2, 1, 8, 8\)"),
+        (torch.zeros(8, 8, dtype=torch.long), r"label has shape \(8, 8\)"),
+        (torch.zeros(2, 8, 8), "int64"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), "int64"),
+    ],
+)
 def test_what_is_refused(label, says):
     logits, _ = inputs()
     with pytest.raises(ValueError, match=says):

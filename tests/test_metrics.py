@@ -1,9 +1,11 @@
 """`otseg.metrics` against a loop over pixels that is too slow to be wrong."""
+
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from otseg.metrics import confusion, zs3_metrics
 
@@ -22,8 +24,13 @@ def brute_force(pred, label, k, seen, unseen):
         return sum(known) / len(known) if known else math.nan
 
     s, u = mean(seen), mean(unseen)
-    return dict(pacc=sum(p == t for p, t in pairs) / len(pairs) if pairs else math.nan,
-                miou_seen=s, miou_unseen=u, hiou=0.0 if s + u == 0 else 2 * s * u / (s + u), iou=iou)
+    return dict(
+        pacc=sum(p == t for p, t in pairs) / len(pairs) if pairs else math.nan,
+        miou_seen=s,
+        miou_unseen=u,
+        hiou=0.0 if s + u == 0 else 2 * s * u / (s + u),
+        iou=iou,
+    )
 
 
 def assert_same(ours, reference):
@@ -77,7 +84,9 @@ def test_all_ignored():
 
 def test_fully_supervised_has_no_unseen_side():
     r = zs3_metrics([[3, 1], [0, 4]], [0, 1], [])
-    assert r["miou_seen"] == pytest.approx((3 / 4 + 4 / 5) / 2) and math.isnan(r["miou_unseen"]) and math.isnan(r["hiou"])
+    assert (
+        r["miou_seen"] == pytest.approx((3 / 4 + 4 / 5) / 2) and math.isnan(r["miou_unseen"]) and math.isnan(r["hiou"])
+    )
 
 
 def test_blind_to_unseen_classes_is_zero_and_not_nan():
@@ -91,26 +100,32 @@ def test_large_counts_stay_exact():
     assert r["iou"][0].item() == (2**24 + 1) / (2**24 + 2)
 
 
-@pytest.mark.parametrize("pred, label, words", [
-    ([0, 1], [0, 1, 1], ["(2,)", "(3,)"]),
-    ([0, 3], [0, 1], ["pred", "3", "3 classes"]),
-    ([-1, 0], [0, 1], ["pred", "-1"]),
-    ([0, 1], [0, 181], ["label", "181", "3 classes", "255"]),
-    ([0, 1], [0, -1], ["label", "-1"]),
-])
+@pytest.mark.parametrize(
+    "pred, label, words",
+    [
+        ([0, 1], [0, 1, 1], ["(2,)", "(3,)"]),
+        ([0, 3], [0, 1], ["pred", "3", "3 classes"]),
+        ([-1, 0], [0, 1], ["pred", "-1"]),
+        ([0, 1], [0, 181], ["label", "181", "3 classes", "255"]),
+        ([0, 1], [0, -1], ["label", "-1"]),
+    ],
+)
 def test_confusion_refuses(pred, label, words):
     with pytest.raises(ValueError) as e:
         confusion(torch.tensor(pred), torch.tensor(label), 3)
     assert all(w in str(e.value) for w in words)
 
 
-@pytest.mark.parametrize("shape, seen, unseen, words", [
-    ((3, 3), [0, 1], [1, 2], ["[1]", "both seen and unseen"]),
-    ((3, 3), [0, 3], [1], ["seen", "3 classes"]),
-    ((3, 3), [0], [-1], ["unseen", "-1"]),
-    ((3, 3), [0, 0], [1], ["seen", "twice"]),
-    ((3, 2), [0], [1], ["(3, 2)"]),
-])
+@pytest.mark.parametrize(
+    "shape, seen, unseen, words",
+    [
+        ((3, 3), [0, 1], [1, 2], ["[1]", "both seen and unseen"]),
+        ((3, 3), [0, 3], [1], ["seen", "3 classes"]),
+        ((3, 3), [0], [-1], ["unseen", "-1"]),
+        ((3, 3), [0, 0], [1], ["seen", "twice"]),
+        ((3, 2), [0], [1], ["(3, 2)"]),
+    ],
+)
 def test_metrics_refuse(shape, seen, unseen, words):
     with pytest.raises(ValueError) as e:
         zs3_metrics(torch.ones(shape), seen, unseen)
@@ -123,7 +138,10 @@ def test_agrees_with_torchmetrics(seed):
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     rng, k = torch.Generator().manual_seed(seed), 6
-    iou, accuracy = MulticlassJaccardIndex(k, average="none", ignore_index=255), MulticlassAccuracy(k, average="micro", ignore_index=255)
+    iou, accuracy = (
+        MulticlassJaccardIndex(k, average="none", ignore_index=255),
+        MulticlassAccuracy(k, average="micro", ignore_index=255),
+    )
     total = torch.zeros(k, k, dtype=torch.long)
     for _ in range(4):
         label, pred = torch.randint(4, (2, 9, 11), generator=rng), torch.randint(5, (2, 9, 11), generator=rng)
@@ -133,7 +151,9 @@ def test_agrees_with_torchmetrics(seed):
     ours = zs3_metrics(total, (0, 1, 2), (3, 4, 5))
     assert ours["pacc"] == pytest.approx(accuracy.compute().item(), abs=1e-6)
     known = ~ours["iou"].isnan()  # a class without any pixel is 0 there and left out here
-    assert torch.allclose(ours["iou"][known].float(), iou.compute()[known], atol=1e-6) and known.tolist() == [True] * 5 + [False]
+    assert torch.allclose(ours["iou"][known].float(), iou.compute()[known], atol=1e-6) and known.tolist() == [
+        True
+    ] * 5 + [False]
 
 
 def test_a_background_of_ones_own():

@@ -1,14 +1,15 @@
 """The assembled model: what learns, what it takes, what it keeps, and the baseline without training."""
+
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import PATCH, SIDE, D, K, N, close, random_image, random_text, small_model
 
-from helpers import D, K, N, PATCH, SIDE, close, random_image, random_text, small_model
+from otseg.model import DenseCLIP, OTSeg, RelationshipDescriptor
 from otseg.mps import score_map
 from otseg.mpsa import ATTENTIONS
-from otseg.model import DenseCLIP, OTSeg, RelationshipDescriptor
 
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 identity = pytest.mark.parametrize("identity", [False, True])
@@ -27,7 +28,7 @@ def test_descriptor_is_the_definition():
 
 def test_descriptor_can_start_from_the_text():
     text = random_text()
-    assert torch.equal(RelationshipDescriptor(D, identity=True)(torch.randn(2, D), text), text.expand(2, K, N, D))
+    assert torch.equal(RelationshipDescriptor(D, init_from_clip=True)(torch.randn(2, D), text), text.expand(2, K, N, D))
 
 
 # the model
@@ -63,13 +64,15 @@ def test_paths_share_features_and_queries():
     q = model.descriptor(f.cls, model.text)
     masks = model(image)
     assert masks.mps.shape == masks.mpsa.shape == (2, K, *f.grid)
-    assert torch.equal(masks.mps.flatten(2), score_map(f.patches, q)) and torch.equal(masks.mpsa.flatten(2), model.decoder(q, f.patches))
+    assert torch.equal(masks.mps.flatten(2), score_map(f.patches, q)) and torch.equal(
+        masks.mpsa.flatten(2), model.decoder(q, f.patches)
+    )
 
 
 @torch.no_grad()
 def test_start_from_clip_s_cosines():
     "Before training, the path without weights scores CLIP's class embeddings."
-    model, image = small_model(identity=True), random_image()
+    model, image = small_model(init_from_clip=True), random_image()
     patches = model.encoder(image).patches
     close(model(image).mps.flatten(2), score_map(patches, model.text.expand(2, K, N, D)))
 
@@ -116,7 +119,10 @@ def test_a_class_does_not_see_the_others():
 @pytest.mark.parametrize("kind", [OTSeg, DenseCLIP])
 @pytest.mark.parametrize("shape", [(K, D), (K, N, D + 1), (2, K, N, D)])
 def test_text_that_does_not_fit(kind, shape):
-    text, says = torch.zeros(shape), rf"text has shape \({', '.join(map(str, shape))}\) but this model needs \(k, n, {D}\)"
+    text, says = (
+        torch.zeros(shape),
+        rf"text has shape \({', '.join(map(str, shape))}\) but this model needs \(k, n, {D}\)",
+    )
     with pytest.raises(ValueError, match=says):
         small_model(kind, text=text)
     with pytest.raises(ValueError, match=says):
@@ -151,12 +157,12 @@ def test_training_mode_changes_dropout_alone(attention):
 @identity
 @attentions
 def test_copies_and_files_of_weights(attention, identity):
-    image, model = random_image(), small_model(attention=attention, identity=identity)
+    image, model = random_image(), small_model(attention=attention, init_from_clip=identity)
     with torch.no_grad():
         for p in model.trainable_state().values():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     want = model(image).mpsa
-    other = small_model(attention=attention, identity=identity, text=random_text(seed=3))
+    other = small_model(attention=attention, init_from_clip=identity, text=random_text(seed=3))
     assert not torch.allclose(other(image).mpsa, want)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(image).mpsa, want) and torch.equal(copy.deepcopy(model)(image).mpsa, want)
@@ -167,8 +173,12 @@ def test_trainable_state():
     model = small_model()
     state = model.trainable_state()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert state.keys() == parameters.keys() and all(s.data_ptr() == parameters[n].data_ptr() and not s.requires_grad for n, s in state.items())
-    assert {name.split(".")[0] for name in state} == {"encoder", "descriptor", "decoder"} and not any("visual" in name for name in state)
+    assert state.keys() == parameters.keys() and all(
+        s.data_ptr() == parameters[n].data_ptr() and not s.requires_grad for n, s in state.items()
+    )
+    assert {name.split(".")[0] for name in state} == {"encoder", "descriptor", "decoder"} and not any(
+        "visual" in name for name in state
+    )
 
 
 def test_autocast():

@@ -1,8 +1,9 @@
 """Score map: what the plan of the cosines earns."""
+
 import pytest
 import torch
-
 from helpers import close
+
 from otseg.mps import cosine, plan_score, score_map
 from otseg.mpsa import uniform_plan
 from otseg.ot import sinkhorn

@@ -1,10 +1,11 @@
 """Attention layers and decoder: what they gather and score, what learns, and where they start from."""
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import close
 from torch import nn
 
-from helpers import close
 from otseg.mps import cosine, score_map
 from otseg.mpsa import ATTENTIONS, MPSA, Decoder, PlanScore, SoftmaxAttention, gather, start_from_identity, uniform_plan
 from otseg.ot import sinkhorn
@@ -60,7 +61,9 @@ def test_softmax_attention_is_pytorch_s_own():
     reference.out_proj.load_state_dict(layer.proj.state_dict())
     out, score = layer(q, x)
     close(out, reference(q.flatten(1, 2), x, x)[0].unflatten(1, (k, n)))
-    heads = [(query @ key.mT) / 2 for query, key in zip(layer.q(q).chunk(4, -1), layer.k(x)[:, None].chunk(4, -1))]  # sqrt(d / 4) = 2
+    heads = [
+        (query @ key.mT) / 2 for query, key in zip(layer.q(q).chunk(4, -1), layer.k(x)[:, None].chunk(4, -1))
+    ]  # sqrt(d / 4) = 2
     close(score, torch.stack(heads).mean((0, 3)))
 
 

@@ -1,4 +1,5 @@
 """The entry notebooks through papermill, in settings so small that only the plumbing is tested."""
+
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = {"max_iters": 4, "batch": 2, "warmup": 2, "val_every": 2, "val_images": 1}
+TINY = {"max_iters": 4, "batch": 2, "warmup": 2, "val_interval": 2, "val_images": 1}
 
 
 def papermill(name, folder, /, cwd=ROOT, **parameters):
@@ -16,8 +17,13 @@ def papermill(name, folder, /, cwd=ROOT, **parameters):
     executed = folder / f"{name}.out.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     args = [a for key, value in parameters.items() for a in ("-p", key, str(value))]
-    done = subprocess.run([Path(sys.executable).with_name("papermill"), ROOT / f"nbs/{name}.ipynb", executed, "--no-progress-bar", *args],
-                          cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [Path(sys.executable).with_name("papermill"), ROOT / f"nbs/{name}.ipynb", executed, "--no-progress-bar", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return done, executed
 
 
@@ -36,9 +42,13 @@ def test_train_leaves_records_tables_and_pictures(trained):
     assert [r["setting"] for r in records] == ["inductive", "transductive"]
     for r in records:
         assert set(r["metrics"]) == {"mps", "mpsa", "ensemble", "dense_clip"} and r["recipe"]["max_iters"] == 4
-        assert {"half.safetensors", "last.safetensors", "log.jsonl", "record.json"} <= {p.name for p in (trained / "run" / r["name"]).iterdir()}
+        assert {"half.safetensors", "last.safetensors", "log.jsonl", "record.json"} <= {
+            p.name for p in (trained / "run" / r["name"]).iterdir()
+        }
     assert "dense_clip" in (trained / "run/table.md").read_text()
-    assert {p.name for p in (trained / "run").glob("*.png")} == {f"{kind}_{r['setting']}.png" for kind in ("curves", "scenes") for r in records}
+    assert {p.name for p in (trained / "run").glob("*.png")} == {
+        f"{kind}_{r['setting']}.png" for kind in ("curves", "scenes") for r in records
+    }
 
 
 @pytest.mark.slow
@@ -51,13 +61,17 @@ def test_evaluate_reads_what_training_wrote(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong, says", [
-    ({"max_iter": 4}, "unknown parameter max_iter"),
-    ({"setting": "inductiv"}, "inductive, transductive, fully_supervised, all"),
-    ({"dataset": "digit"}, "digits / inductive"),
-    ({"split": 7}, "0 to 2"),
-    ({"seed": "x"}, "seed = 'x' is a str"),
-], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"max_iter": 4}, "unknown parameter max_iter"),
+        ({"setting": "inductiv"}, "inductive, transductive, fully_supervised, all"),
+        ({"dataset": "digit"}, "digits / inductive"),
+        ({"split": 7}, "0 to 2"),
+        ({"seed": "x"}, "seed = 'x' is a str"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
 def test_train_refuses_a_wrong_parameter(tmp_path, wrong, says):
     """Papermill itself only warns: the notebook must stop, before any training, and name what is allowed."""
     done, _ = papermill("train", tmp_path, out=tmp_path / "run", records=tmp_path / "records", **wrong)
@@ -68,6 +82,9 @@ def test_train_refuses_a_wrong_parameter(tmp_path, wrong, says):
 @pytest.mark.slow
 def test_pretraining_writes_a_clip_that_loads(tmp_path):
     from otseg.digits import digits_clip
-    done, _ = papermill("pretrain_digits", tmp_path, steps=3, batch=8, scenes=20, validation=8, out=tmp_path / "clip.safetensors")
+
+    done, _ = papermill(
+        "pretrain_digits", tmp_path, steps=3, batch=8, scenes=20, validation=8, out=tmp_path / "clip.safetensors"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert digits_clip(tmp_path / "clip.safetensors").context_length == 16

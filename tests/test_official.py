@@ -11,21 +11,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from otseg.clip import read_embeddings
+from otseg.cli import main
 from otseg.data import UNLABELLED, label_table
 from otseg.inference import predict_probs
 from otseg.losses import mask_loss, training_loss
 from otseg.model import OTSeg
-from otseg.official import convert, main, official_config, official_name, official_report, read_official
+from otseg.official import convert, official_config, official_name, official_report, read_official
 from otseg.recipes import Recipe
-from otseg.training import lr_at, optimizer, pseudo_label
+from otseg.steps import lr_at, make_optimizer, pseudo_label
+from otseg.text import read_embeddings
 
 golden = Path(__file__).parent / "golden"
 checkpoint = golden / "official_checkpoint.pth"
 meta = json.loads((golden / "meta.json").read_text())
 k, side, seen = meta["config"]["classes"], meta["config"]["img"], meta["config"]["seen"]
 unseen = tuple(sorted(set(range(k)) - set(seen)))
-FILES = {"converged_model": 2e-5, "model": 5e-4}  # tolerance relative to each tensor's scale: exact plan, official early stop
+FILES = {
+    "converged_model": 2e-5,
+    "model": 5e-4,
+}  # tolerance relative to each tensor's scale: exact plan, official early stop
 
 
 @pytest.fixture(params=FILES, ids=["converged", "early stop"])
@@ -89,7 +93,12 @@ def test_sliding_window(data):
 
 
 def check_terms(terms, data, step):
-    names = {"mpsa_focal": "decode.loss_mask", "mpsa_dice": "decode.loss_dice", "mps_focal": "score.loss_mask", "mps_dice": "score.loss_dice"}
+    names = {
+        "mpsa_focal": "decode.loss_mask",
+        "mpsa_dice": "decode.loss_dice",
+        "mps_focal": "score.loss_mask",
+        "mps_dice": "score.loss_dice",
+    }
     for ours, theirs in names.items():
         close(terms[ours], data[f"{step}.{theirs}"], data["tol"])
 
@@ -133,9 +142,18 @@ def test_gradients(kind, tol):
 def test_six_steps_of_adamw(data):
     t = meta["trace"]
     (lr,) = {g["lr"] for g in t["groups"]}
-    recipe = Recipe("golden", "inductive", max_iters=t["max_iters"], warmup=t["warmup_iters"], lr=lr, weight_decay=t["weight_decay"], min_lr=t["min_lr"], power=t["power"])
+    recipe = Recipe(
+        "golden",
+        "inductive",
+        max_iters=t["max_iters"],
+        warmup_iters=t["warmup_iters"],
+        lr=lr,
+        weight_decay=t["weight_decay"],
+        min_lr=t["min_lr"],
+        power=t["power"],
+    )
     model = load()  # in eval mode: the golden run has no dropout
-    opt = optimizer(model, recipe)
+    opt = make_optimizer(model, recipe)
     for step, (loss, rate) in enumerate(zip(data["trace.loss"], data["trace.lr_first_group"])):
         for group in opt.param_groups:
             group["lr"] = lr_at(step, recipe)
@@ -157,17 +175,37 @@ def test_six_steps_of_adamw(data):
 def test_configuration():
     state, config = read_official(checkpoint)
     c = meta["config"]
-    want = dict(width=c["width"], layers=c["layers"], patch=c["patch"], grid=side // c["patch"], dim=c["dim"], prompts=c["ntok"], depth=3, trained=len(seen))
-    assert want.items() <= config.items() and config["classes"] == [f"c{i}" for i in range(k)] and config["iteration"] == 5
+    want = dict(
+        width=c["width"],
+        layers=c["layers"],
+        patch=c["patch"],
+        grid=side // c["patch"],
+        dim=c["dim"],
+        visual_prompts=c["ntok"],
+        depth=3,
+        trained=len(seen),
+    )
+    assert (
+        want.items() <= config.items() and config["classes"] == [f"c{i}" for i in range(k)] and config["iteration"] == 5
+    )
     model = load()
-    assert state.keys() == model.state_dict().keys() - {"text"} and all(torch.equal(v, model.state_dict()[n]) for n, v in state.items())
+    assert state.keys() == model.state_dict().keys() - {"text"} and all(
+        torch.equal(v, model.state_dict()[n]) for n, v in state.items()
+    )
 
 
 def test_sources_agree(tmp_path):
     want, config = read_official(checkpoint)
     raw = load_file(golden / "official_state_dict.safetensors")
     torch.save({f"module.{n}": v.half() if n == "backbone.proj" else v for n, v in raw.items()}, tmp_path / "bare.pth")
-    for source in checkpoint, str(checkpoint), raw, {"state_dict": raw}, golden / "official_state_dict.safetensors", tmp_path / "bare.pth":
+    for source in (
+        checkpoint,
+        str(checkpoint),
+        raw,
+        {"state_dict": raw},
+        golden / "official_state_dict.safetensors",
+        tmp_path / "bare.pth",
+    ):
         state, c = read_official(source)
         assert state.keys() == want.keys() and all(v.dtype == torch.float32 for v in state.values())
         assert all(torch.equal(v, want[n]) or n == "encoder.visual.proj" for n, v in state.items())
@@ -179,24 +217,50 @@ def test_every_tensor_is_accounted_for():
     assert sorted(report["tensor"]) == sorted(state_dict()) and set(report["fate"]) == {"used", "ignored"}
     ignored = report[report["fate"] == "ignored"]["tensor"]
     for name in ignored:
-        last = name.startswith("decode_head.decoder_1.layers.2.") and "multihead_attn.q" not in name and "multihead_attn.k" not in name
-        assert last or name.startswith(("text_encoder.", "decode_head.loss_decode.")) or ".self_attn." in name or ".norm1." in name, name
+        last = (
+            name.startswith("decode_head.decoder_1.layers.2.")
+            and "multihead_attn.q" not in name
+            and "multihead_attn.k" not in name
+        )
+        assert (
+            last
+            or name.startswith(("text_encoder.", "decode_head.loss_decode."))
+            or ".self_attn." in name
+            or ".norm1." in name
+        ), name
     trained = {official_name(n) for n, p in load().named_parameters() if p.requires_grad}
-    assert trained == set(load_file(golden / "converged_grads.safetensors"))  # used and trained = what gets a gradient there
+    assert trained == set(
+        load_file(golden / "converged_grads.safetensors")
+    )  # used and trained = what gets a gradient there
 
 
-@pytest.mark.parametrize("change, why", [
-    (lambda s: s.pop("backbone.prompt_norm.weight"), r"backbone.prompt_norm.weight \(64,\) is missing"),
-    (lambda s: s.pop("backbone.transformer.resblocks.2.ln_1.bias"), r"resblocks.2.ln_1.bias \(64,\) is missing"),
-    (lambda s: s.pop("decode_head.decoder_1.layers.1.multihead_attn.v.weight"), "layers.1.multihead_attn.v.weight .* is missing"),
-    (lambda s: s.update({"decode_head.input_proj_1.weight": torch.zeros(32, 32)}), "input_proj_1.weight .* is unknown"),
-    (lambda s: s.update({"auxiliary_head.conv.weight": torch.zeros(3)}), "auxiliary_head.* is unknown"),
-    (lambda s: s.update({"backbone.prompt_proj.bias": torch.zeros(65)}), r"\(65,\) is misfit \(the model needs \(64,\)\)"),
-    (lambda s: s.update({"backbone.deep_prompt_embeddings": torch.zeros(3, 6, 64)}), r"\(3, 6, 64\) is misfit \(the model needs \(3, 5, 64\)\)"),
-    (lambda s: s.update({"backbone.positional_embedding": torch.zeros(19, 64)}), "has 19 rows"),
-    (lambda s: s.update({"backbone.proj": "weights"}), "a str under 'backbone.proj'"),
-    (lambda s: s.clear(), "not the weights of an official OTSeg"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda s: s.pop("backbone.prompt_norm.weight"), r"backbone.prompt_norm.weight \(64,\) is missing"),
+        (lambda s: s.pop("backbone.transformer.resblocks.2.ln_1.bias"), r"resblocks.2.ln_1.bias \(64,\) is missing"),
+        (
+            lambda s: s.pop("decode_head.decoder_1.layers.1.multihead_attn.v.weight"),
+            "layers.1.multihead_attn.v.weight .* is missing",
+        ),
+        (
+            lambda s: s.update({"decode_head.input_proj_1.weight": torch.zeros(32, 32)}),
+            "input_proj_1.weight .* is unknown",
+        ),
+        (lambda s: s.update({"auxiliary_head.conv.weight": torch.zeros(3)}), "auxiliary_head.* is unknown"),
+        (
+            lambda s: s.update({"backbone.prompt_proj.bias": torch.zeros(65)}),
+            r"\(65,\) is misfit \(the model needs \(64,\)\)",
+        ),
+        (
+            lambda s: s.update({"backbone.deep_prompt_embeddings": torch.zeros(3, 6, 64)}),
+            r"\(3, 6, 64\) is misfit \(the model needs \(3, 5, 64\)\)",
+        ),
+        (lambda s: s.update({"backbone.positional_embedding": torch.zeros(19, 64)}), "has 19 rows"),
+        (lambda s: s.update({"backbone.proj": "weights"}), "a str under 'backbone.proj'"),
+        (lambda s: s.clear(), "not the weights of an official OTSeg"),
+    ],
+)
 def test_what_does_not_fit(change, why):
     state = dict(state_dict())
     change(state)
@@ -231,12 +295,28 @@ def test_no_pickle_is_run(tmp_path):
 
 def test_sizes_of_the_released_files():
     shapes = {
-        "backbone.conv1.weight": (768, 3, 16, 16), "backbone.positional_embedding": (1025, 768), "backbone.proj": (768, 512), "backbone.prompt_embeddings": (1, 100, 768),
-        "decode_head.loss_decode.criterion.empty_weight": (157,), **{f"backbone.transformer.resblocks.{i}.ln_1.bias": (768,) for i in range(12)},
+        "backbone.conv1.weight": (768, 3, 16, 16),
+        "backbone.positional_embedding": (1025, 768),
+        "backbone.proj": (768, 512),
+        "backbone.prompt_embeddings": (1, 100, 768),
+        "decode_head.loss_decode.criterion.empty_weight": (157,),
+        **{f"backbone.transformer.resblocks.{i}.ln_1.bias": (768,) for i in range(12)},
         **{f"decode_head.decoder_1.layers.{i}.norm1.bias": (512,) for i in range(3)},
     }
     c = official_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    assert c == dict(width=768, layers=12, heads=12, patch=16, grid=32, dim=512, prompts=100, depth=3, trained=156, classes=None, iteration=None)
+    assert c == dict(
+        width=768,
+        layers=12,
+        heads=12,
+        patch=16,
+        grid=32,
+        dim=512,
+        visual_prompts=100,
+        depth=3,
+        trained=156,
+        classes=None,
+        iteration=None,
+    )
 
 
 def test_arguments_are_left_alone():
@@ -267,7 +347,10 @@ def test_conversion(tmp_path):
     assert torch.equal(model(image).mpsa, load(text=torch.from_numpy(text))(image).mpsa)
 
 
-@pytest.mark.parametrize("shape, why", [((59, 8, 32), "59 class names but 7 are given"), ((k, 6, 512), "size 512 but the checkpoint's is 32")])
+@pytest.mark.parametrize(
+    "shape, why",
+    [((59, 8, 32), "59 class names but 7 are given"), ((k, 6, 512), "size 512 but the checkpoint's is 32")],
+)
 def test_conversion_with_other_text(tmp_path, shape, why):
     np.save(tmp_path / "text.npy", np.zeros(shape, np.float32))
     with pytest.raises(ValueError, match=why):
@@ -279,7 +362,12 @@ def test_from_the_shell(tmp_path):
     command = [sys.executable, "-m", "otseg.official", checkpoint, tmp_path / "out.safetensors", "--heads", "4"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "used" in done.stdout and "self-attention" in done.stdout and "trained 5" in done.stdout and (tmp_path / "out.safetensors").is_file()
+    assert (
+        "used" in done.stdout
+        and "self-attention" in done.stdout
+        and "trained 5" in done.stdout
+        and (tmp_path / "out.safetensors").is_file()
+    )
 
 
 def test_the_shell_shows_what_does_not_fit(tmp_path, capsys):

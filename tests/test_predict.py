@@ -1,4 +1,5 @@
 """`otseg.predict`: every kind of image and of words gets the right mask or an error that says what is wrong."""
+
 import json
 import subprocess
 import sys
@@ -11,18 +12,20 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import D, PATCH, SIDE, small_model
+from helpers import PATCH, SIDE, D, small_model
 from PIL import Image
 from test_notebooks import papermill
 
 import otseg
 from otseg import predict
-from otseg.clip import TEMPLATES, class_embeddings
-from otseg.data import normalize
 from otseg.digits import ASSETS, CLASSES, Digits
+from otseg.explain import explain, panel
+from otseg.images import normalize, read_image
 from otseg.inference import predict_probs
-from otseg.predict import SHIPPED, Result, Segmenter, explain, panel, read_image, shrunk, with_words, word_groups
+from otseg.models import DEFAULT_CHECKPOINT
+from otseg.predict import Result, Segmenter, resize_for_model, with_words, word_groups
 from otseg.recipes import resolve
+from otseg.text import TEMPLATES, class_embeddings
 
 SCENES = Digits("val", 4)
 
@@ -37,8 +40,12 @@ def free():
     """A small random model with CLIP's whole vocabulary: no sense in its masks, but any words."""
     torch.manual_seed(0)
     text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)
-    clip = open_clip.CLIP(D, dict(image_size=SIDE, patch_size=PATCH, width=32, layers=3, head_width=16), text).eval().requires_grad_(False)
-    recipe = resolve("folder", image_size=SIDE, stride=24, test_short=SIDE, templates=2, calibration=0.0)
+    clip = (
+        open_clip.CLIP(D, dict(image_size=SIDE, patch_size=PATCH, width=32, layers=3, head_width=16), text)
+        .eval()
+        .requires_grad_(False)
+    )
+    recipe = resolve("folder", image_size=SIDE, stride=24, test_short_side=SIDE, num_templates=2, calibration=0.0)
     return Segmenter(small_model(text=F.normalize(torch.randn(1, 2, D), dim=-1)), recipe, clip)
 
 
@@ -48,12 +55,24 @@ def photo(w=40, h=30, seed=0):
 
 # images
 
+
 def test_every_way_to_pass_an_image_gives_the_same_mask(seg, tmp_path):
     x = SCENES[0]["image"]
     image = read_image(x)
     image.save(path := tmp_path / "a b.png")
     array = np.asarray(image)
-    ways = [path, str(path), path.as_uri(), image, array, array / 255, x, (255 * x).byte(), x.half(), torch.from_numpy(array.copy())]
+    ways = [
+        path,
+        str(path),
+        path.as_uri(),
+        image,
+        array,
+        array / 255,
+        x,
+        (255 * x).byte(),
+        x.half(),
+        torch.from_numpy(array.copy()),
+    ]
     first = seg(x, CLASSES).labels
     for way in ways:
         assert (seg(way, CLASSES).labels == first).mean() > 0.999  # half precision rounds
@@ -72,7 +91,9 @@ def test_exif_rotation_is_honoured(free, tmp_path):
     assert (r.labels == free(image.rotate(-90, expand=True), ["cat", "dog"]).labels).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"]
+)
 def test_modes(mode):
     """Grey, alpha, palettes, print colours and 16 bits become RGB."""
     grey = np.linspace(0, 255, 35, dtype=np.uint8).reshape(5, 7)
@@ -83,7 +104,11 @@ def test_modes(mode):
         image = image.convert("I") if mode == "I" else image
         assert image.mode == mode
     else:
-        image = Image.fromarray(grey).convert("RGB").convert(mode) if mode not in ("LA", "PA") else Image.fromarray(grey).convert("LA").convert(mode)
+        image = (
+            Image.fromarray(grey).convert("RGB").convert(mode)
+            if mode not in ("LA", "PA")
+            else Image.fromarray(grey).convert("LA").convert(mode)
+        )
     rgb = read_image(image)
     assert rgb.mode == "RGB" and rgb.size == (7, 5)
     if mode not in ("1", "P", "LAB", "YCbCr"):
@@ -102,7 +127,11 @@ def test_16_bit_file_and_transparency(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (20000, 30), (2000, 3), (33, 47)])
 def test_any_size_comes_back_at_that_size(free, size):
     r = free(photo(*size), "cat, dog, sky")
-    assert r.labels.shape == size[::-1] and r.areas.pixels.sum() == size[0] * size[1] and r.probability("cat").shape == size[::-1]
+    assert (
+        r.labels.shape == size[::-1]
+        and r.areas.pixels.sum() == size[0] * size[1]
+        and r.probability("cat").shape == size[::-1]
+    )
     assert max(r.scores.shape[-2:]) <= 4 * SIDE
 
 
@@ -110,7 +139,7 @@ def test_a_wide_photo_is_averaged_not_sampled():
     """Stripes finer than the model's pixels become their mean instead of a false pattern."""
     stripes = np.zeros((300, 6000, 3), np.uint8)
     stripes[:, ::2] = 200
-    x = shrunk(Image.fromarray(stripes), 30)
+    x = resize_for_model(Image.fromarray(stripes), 30)
     assert x.shape == (1, 3, 6, 120) and (x - 100 / 255).abs().max() < 0.01
 
 
@@ -118,7 +147,9 @@ def bomb(path):
     """A PNG of a few bytes that says that it has 30000 x 30000 pixels."""
     chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
     header = (30000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
 
 
 def test_bad_files(tmp_path):
@@ -132,18 +163,36 @@ def test_bad_files(tmp_path):
     bomb(tmp_path / "bomb.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name, says in {"text.jpg": "not an image", "empty.png": "not an image", "cut.jpg": "damaged", "cut.png": "damaged", "bomb.png": "179 million pixels"}.items():
+        for name, says in {
+            "text.jpg": "not an image",
+            "empty.png": "not an image",
+            "cut.jpg": "damaged",
+            "cut.png": "damaged",
+            "bomb.png": "179 million pixels",
+        }.items():
             with pytest.raises(ValueError, match=rf"{name}.*{says}"):
                 read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no image at .*gone.jpg"):
         read_image(tmp_path / "gone.jpg")
 
 
-@pytest.mark.parametrize("source, says", [
-    ("https://example.org/a.jpg", "not on this machine"), ("file://elsewhere/a.jpg", "not on this machine"), (".", "is a folder"), (3, "cannot be a int"),
-    (np.zeros((3, 3), complex), "type complex128"), (np.zeros((0, 3)), "shape"), (torch.zeros(2, 5, 5), "shape"), (np.full((2, 2), np.nan), "nan"),
-    (torch.full((3, 2, 2), -1.0), "-1 to -1"), (np.full((2, 2), 300), "0 to 255"), (Image.new("RGB", (0, 4)), "no pixels"),
-], ids=lambda v: v if isinstance(v, str) else type(v).__name__)
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("https://example.org/a.jpg", "not on this machine"),
+        ("file://elsewhere/a.jpg", "not on this machine"),
+        (".", "is a folder"),
+        (3, "cannot be a int"),
+        (np.zeros((3, 3), complex), "type complex128"),
+        (np.zeros((0, 3)), "shape"),
+        (torch.zeros(2, 5, 5), "shape"),
+        (np.full((2, 2), np.nan), "nan"),
+        (torch.full((3, 2, 2), -1.0), "-1 to -1"),
+        (np.full((2, 2), 300), "0 to 255"),
+        (Image.new("RGB", (0, 4)), "no pixels"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
 def test_what_is_no_image_is_refused(source, says):
     with pytest.raises(ValueError, match=says):
         read_image(source)
@@ -151,11 +200,25 @@ def test_what_is_no_image_is_refused(source, says):
 
 # words
 
-@pytest.mark.parametrize("classes, says", [
-    ([], "empty"), ("", "must be a text that is not empty"), (["cat", "cat"], "'cat' is there more than once"), (["cat", " Cat "], "more than once"),
-    (["cat", ""], "must be a text"), (["cat", 3], "3 has the words"), ({"cat": []}, "has the words"), ({"sofa": ["couch"], "settee": ["couch"]}, "'couch'"),
-    ("sofa|couch,sofa", "'sofa'"), (7, "a list of names"), (["cat", "x" * 600], "77"), (["cat", "very " * 90 + "long"], "77"),
-], ids=str)
+
+@pytest.mark.parametrize(
+    "classes, says",
+    [
+        ([], "empty"),
+        ("", "must be a text that is not empty"),
+        (["cat", "cat"], "'cat' is there more than once"),
+        (["cat", " Cat "], "more than once"),
+        (["cat", ""], "must be a text"),
+        (["cat", 3], "3 has the words"),
+        ({"cat": []}, "has the words"),
+        ({"sofa": ["couch"], "settee": ["couch"]}, "'couch'"),
+        ("sofa|couch,sofa", "'sofa'"),
+        (7, "a list of names"),
+        (["cat", "x" * 600], "77"),
+        (["cat", "very " * 90 + "long"], "77"),
+    ],
+    ids=str,
+)
 def test_bad_words_are_refused(free, classes, says):
     with pytest.raises(ValueError, match=says):
         free(photo(), classes)
@@ -204,6 +267,7 @@ def test_the_small_clip_refuses_what_it_cannot_read(seg):
 
 # masks
 
+
 def test_prediction_is_that_of_the_inference_module(seg):
     """On a benchmark scene: no resizing, the recipe's stride and calibration, the trained classes' embeddings."""
     x = SCENES[1]["image"]
@@ -216,9 +280,10 @@ def test_prediction_is_that_of_the_inference_module(seg):
 def test_shipped_model_knows_its_benchmark(seg):
     right = [(seg(item["image"]).labels == item["label"].numpy()).mean() for item in SCENES]
     assert np.mean(right) > 0.8
-    header = json.loads(predict.safe_open(SHIPPED, "pt").metadata()["otseg"])
-    assert header["small_clip"] == sha256((ASSETS / "digits_clip.safetensors").read_bytes()).hexdigest(), \
+    header = json.loads(predict.safe_open(DEFAULT_CHECKPOINT, "pt").metadata()["otseg"])
+    assert header["small_clip"] == sha256((ASSETS / "digits_clip.safetensors").read_bytes()).hexdigest(), (
         "the small CLIP is another one than the shipped model was trained with: train, then `otseg export CHECKPOINT --half otseg/assets/digits_otseg.safetensors`"
+    )
 
 
 def test_calibration_lowers_the_classes_with_labels_by_name(seg):
@@ -236,9 +301,18 @@ def test_background_top_and_areas(free):
     assert b.names == ("cat", "dog", "sky", "background")
     assert (b.labels == np.where(r.probabilities.max(0) < cut, 3, r.labels)).all()
     labels, probs = r.top(3)
-    assert (labels[0] == r.labels).all() and np.allclose(np.take_along_axis(r.probabilities, labels, 0), probs) and (np.diff(probs, axis=0) <= 0).all()
+    assert (
+        (labels[0] == r.labels).all()
+        and np.allclose(np.take_along_axis(r.probabilities, labels, 0), probs)
+        and (np.diff(probs, axis=0) <= 0).all()
+    )
     assert r.areas.fraction.sum() == pytest.approx(1) and r.areas.pixels["cat"] == (r.labels == 0).sum()
-    for wrong, says in ((dict(background=1.2), "background = 1.2"), (dict(weight=-1), "weight = -1"), (dict(calibration=2), "calibration = 2"), (dict(eps=0), "eps = 0")):
+    for wrong, says in (
+        (dict(background=1.2), "background = 1.2"),
+        (dict(weight=-1), "weight = -1"),
+        (dict(calibration=2), "calibration = 2"),
+        (dict(eps=0), "eps = 0"),
+    ):
         with pytest.raises(ValueError, match=says):
             free(image, "cat, dog", **wrong)
     with pytest.raises(ValueError, match="top 4 of 3"):
@@ -262,7 +336,9 @@ def test_files(free, tmp_path):
     assert mask.mode == "P" and (np.asarray(mask) == r.labels).all()
     found = json.loads(r.save(tmp_path / "a.json").read_text())
     for a in found:
-        assert (masks.decode(a["segmentation"]) == (r.labels == a["category_id"])).all() and a["area"] == r.areas.pixels[a["category"]]
+        assert (masks.decode(a["segmentation"]) == (r.labels == a["category_id"])).all() and a[
+            "area"
+        ] == r.areas.pixels[a["category"]]
     with pytest.raises(ValueError, match=".png or .json"):
         r.save(tmp_path / "a.jpg")
 
@@ -275,13 +351,17 @@ def test_without_pycocotools(free, tmp_path, monkeypatch):
 
 def test_palette_of_the_dataset(free):
     own = Segmenter(free.model, free.recipe, free.clip, ("cat",), (), [(10, 20, 30)])
-    assert (own(photo(), ["cat"]).colours == np.array([[10, 20, 30]]) / 255).all() and own(photo(), ["cat", "dog"]).colours is None
+    assert (own(photo(), ["cat"]).colours == np.array([[10, 20, 30]]) / 255).all() and own(
+        photo(), ["cat", "dog"]
+    ).colours is None
 
 
 def test_a_twin_shares_weights_and_changes_nothing(free):
     before = {name: t.clone() for name, t in free.model.state_dict().items()}
     twin = with_words(free.model, torch.randn(3, 2, D), eps=0.3)
-    assert twin.encoder is free.model.encoder and next(twin.decoder.parameters()) is next(free.model.decoder.parameters())
+    assert twin.encoder is free.model.encoder and next(twin.decoder.parameters()) is next(
+        free.model.decoder.parameters()
+    )
     assert (twin.eps, twin.decoder.score.eps, free.model.eps, free.model.decoder.score.eps) == (0.3, 0.3, 0.05, 0.05)
     assert all(torch.equal(t, before[name]) for name, t in free.model.state_dict().items())
 
@@ -305,6 +385,7 @@ def test_explanation_and_panel(seg):
 
 # loading
 
+
 def test_load_says_what_it_needs(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         otseg.load(tmp_path / "gone.safetensors")
@@ -324,14 +405,19 @@ def test_import_is_light():
 def official(tmp_path):
     """A small model under official names, and the CLIP that its words come from."""
     from otseg.official import official_name
+
     torch.manual_seed(1)
-    arch = {"embed_dim": D, "quick_gelu": True, "vision_cfg": dict(image_size=SIDE, patch_size=PATCH, width=64, layers=3, head_width=64),
-            "text_cfg": dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)}
+    arch = {
+        "embed_dim": D,
+        "quick_gelu": True,
+        "vision_cfg": dict(image_size=SIDE, patch_size=PATCH, width=64, layers=3, head_width=64),
+        "text_cfg": dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
+    }
     (tmp_path / "otseg-test-arch.json").write_text(json.dumps(arch))
     open_clip.add_model_config(tmp_path / "otseg-test-arch.json")
     clip = open_clip.create_model("otseg-test-arch")
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
-    model = otseg.predict.OTSeg(clip.visual, torch.randn(20, 6, D), SIDE, prompts=4)
+    model = otseg.predict.OTSeg(clip.visual, torch.randn(20, 6, D), SIDE, visual_prompts=4)
     state = {official_name(name): t for name, t in model.state_dict().items() if name != "text"}
     state["decode_head.loss_decode.criterion.empty_weight"] = torch.ones(16)  # 15 classes were trained, and one more
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "iter.pth")
@@ -342,7 +428,12 @@ def test_official_checkpoints(official, monkeypatch):
     recipe = predict.official_recipe(official / "iter.pth", clip="otseg-test-arch")
     monkeypatch.setattr(predict, "official_recipe", lambda path: recipe)
     seg = otseg.load(official / "iter.pth", official / "clip.pt", "cpu")
-    assert len(seg.classes) == 20 and (seg.recipe.dataset, seg.recipe.setting, seg.recipe.templates, seg.recipe.calibration) == ("voc", "inductive", 6, 0.1)
+    assert len(seg.classes) == 20 and (
+        seg.recipe.dataset,
+        seg.recipe.setting,
+        seg.recipe.num_templates,
+        seg.recipe.calibration,
+    ) == ("voc", "inductive", 6, 0.1)
     assert "pottedplant" not in seg.seen and "cat" in seg.seen and len(seg.seen) == 15
     seg.model.image_size, seg.short, seg.recipe = SIDE, SIDE, resolve("voc", image_size=SIDE, stride=24)
     assert seg(photo(), "cat, lamp").labels.shape == (30, 40)
@@ -350,20 +441,39 @@ def test_official_checkpoints(official, monkeypatch):
 
 # the entry notebook
 
+
 @pytest.mark.slow
 def test_notebook_works_at_once_and_on_files(tmp_path):
     done, _ = papermill("predict", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     photo(50, 40).save(tmp_path / "a.png")
     photo(40, 50, 1).save(tmp_path / "b.png")
-    done, _ = papermill("predict", tmp_path, images=f"{tmp_path}/a.png,{tmp_path}/b.png", classes="three, six|nine, page", eps=0.1, weight=0.3, calibration=0.1,
-                        background=0.2, explained="three", out=tmp_path / "masks")
+    done, _ = papermill(
+        "predict",
+        tmp_path,
+        images=f"{tmp_path}/a.png,{tmp_path}/b.png",
+        classes="three, six|nine, page",
+        eps=0.1,
+        weight=0.3,
+        calibration=0.1,
+        background=0.2,
+        explained="three",
+        out=tmp_path / "masks",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [Image.open(p).size for p in sorted((tmp_path / "masks").iterdir())] == [(50, 40), (40, 50)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong, says", [({"image": "a.jpg"}, "unknown parameter image"), ({"images": "gone.jpg"}, "no image at gone.jpg"), ({"classes": "cat"}, "does not know 'cat'")], ids=str)
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"image": "a.jpg"}, "unknown parameter image"),
+        ({"images": "gone.jpg"}, "no image at gone.jpg"),
+        ({"classes": "cat"}, "does not know 'cat'"),
+    ],
+    ids=str,
+)
 def test_notebook_refuses(tmp_path, wrong, says):
     done, _ = papermill("predict", tmp_path, **wrong)
     assert done.returncode != 0 and says in done.stderr

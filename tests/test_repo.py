@@ -1,4 +1,5 @@
 """The repository's own rules: what is generated is in sync, what is committed is clean, what is declared is true."""
+
 import configparser
 import json
 import os
@@ -39,6 +40,7 @@ def config():
 
 # generated files
 
+
 def test_modules_are_what_the_notebooks_export(tmp_path):
     """A hand edit of a module, a notebook that was not exported and a module without its notebook all show up here."""
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
@@ -49,8 +51,14 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
         if module.name != "__init__.py":
             module.unlink()
     subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=tmp_path, check=True)
-    ours, exported = ({p.relative_to(root).as_posix(): p.read_text(encoding="utf-8")
-                       for p in (root / "otseg").rglob("*.py") if p.name != "_modidx.py"} for root in (ROOT, tmp_path))
+    ours, exported = (
+        {
+            p.relative_to(root).as_posix(): p.read_text(encoding="utf-8")
+            for p in (root / "otseg").rglob("*.py")
+            if p.name != "_modidx.py"
+        }
+        for root in (ROOT, tmp_path)
+    )
     assert sorted(ours) == sorted(exported), "run `make export`"
     assert not [p for p in ours if ours[p] != exported[p]], "run `make export`"
 
@@ -68,12 +76,15 @@ def test_readme_is_the_rendered_index():
 
 def test_links_of_the_index_work_from_the_root():
     from_root = runpy.run_path(str(ROOT / "scripts/readme.py"))["from_root"]
-    assert from_root("[a](00_ot.ipynb) ![b](../results/b.png) [c](https://x.org/y) [d](#e)") == \
-        "[a](nbs/00_ot.ipynb) ![b](results/b.png) [c](https://x.org/y) [d](#e)"
+    assert (
+        from_root("[a](00_ot.ipynb) ![b](../results/b.png) [c](https://x.org/y) [d](#e)")
+        == "[a](nbs/00_ot.ipynb) ![b](results/b.png) [c](https://x.org/y) [d](#e)"
+    )
     assert from_root('<img src="../results/b.png" width="9">') == '<img src="results/b.png" width="9">'
 
 
 # notebooks
+
 
 @each(NOTEBOOKS)
 def test_notebook_is_clean(path):
@@ -108,7 +119,9 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 
 def pins(requirements):
-    return {(CONDA_NAMES.get(r.name, canonicalize_name(r.name)), str(r.specifier)) for r in map(Requirement, requirements)}
+    return {
+        (CONDA_NAMES.get(r.name, canonicalize_name(r.name)), str(r.specifier)) for r in map(Requirement, requirements)
+    }
 
 
 def test_environment_matches_settings():
@@ -123,6 +136,7 @@ def test_environment_matches_settings():
 
 def test_one_version():
     import otseg
+
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert otseg.__version__ == config()["version"] == citation["version"]
 
@@ -159,7 +173,9 @@ def test_package_imports_with_its_requirements_alone(tmp_path):
             importlib.import_module(module.name)
     """
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    result = subprocess.run([sys.executable, "-S", "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -181,6 +197,7 @@ def test_no_path_of_somebodys_machine():
 
 # numbers of others
 
+
 def test_published_numbers_have_a_source_and_agree():
     df = pd.read_csv(ROOT / "results/published.csv", keep_default_na=False)
     assert list(df) == ["table", "method", "dataset", "setting", "metric", "value", "source", "note"]
@@ -191,4 +208,6 @@ def test_published_numbers_have_a_source_and_agree():
         value, note = rows.set_index("metric").value, rows.set_index("metric").note
         if "hiou" in value and not note["hiou"]:
             s, u = value["miou_seen"], value["miou_unseen"]
-            assert abs(2 * s * u / (s + u) - value["hiou"]) < 0.11, f"{key}: hIoU is not that of S and U, and no note says so"
+            assert abs(2 * s * u / (s + u) - value["hiou"]) < 0.11, (
+                f"{key}: hIoU is not that of S and U, and no note says so"
+            )

@@ -1,4 +1,5 @@
 """What happens to a run: killed, stopped, out of disk, given broken files; and what remains."""
+
 import json
 import multiprocessing
 import os
@@ -13,18 +14,35 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 import trees
 from helpers import close
+
 from otseg import checkpoints, training
-from otseg.checkpoints import Log, newest_state, read_file, write_file, write_state
-from otseg.data import Unreadable
+from otseg.checkpoints import Log, newest_state, read_tensors, write_state, write_tensors
+from otseg.clip import read_checkpoint
 from otseg.folders import Files
+from otseg.images import Unreadable
 from otseg.recipes import resolve
-from otseg.training import fit, fit_on, loop, read_checkpoint, step
+from otseg.training import fit, fit_distributed, step, train_loop
 
 fork = multiprocessing.get_context("fork")  # children begin with everything imported
-RECIPE = resolve("folder", clip="digits_clip", image_size=32, stride=32, short_side=32, long_side=64, test_short=32, max_iters=14, batch=2, warmup=2, val_every=4, val_images=2, prompts=2, templates=2, depth=2)
+RECIPE = resolve(
+    "folder",
+    clip="digits_clip",
+    image_size=32,
+    stride=32,
+    train_short_side=32,
+    train_long_side=64,
+    test_short_side=32,
+    max_iters=14,
+    batch_size=2,
+    warmup_iters=2,
+    val_interval=4,
+    val_images=2,
+    visual_prompts=2,
+    num_templates=2,
+    depth=2,
+)
 CHECKED = ("name", "recipe", "metrics", "skipped_images")  # of a record: what does not depend on the clock
 
 
@@ -95,6 +113,7 @@ def counted(original, n, act):
 
 def test_killed_in_steps_and_in_the_middle_of_saving(data, whole, tmp_path):
     "Seven times in one run: before the n-th step, or with a file half way to the disk; then it goes on to the same end."
+
     def job(module, name, n):
         def child():
             setattr(module, name, counted(getattr(module, name), n, die))
@@ -102,7 +121,15 @@ def test_killed_in_steps_and_in_the_middle_of_saving(data, whole, tmp_path):
 
         return child
 
-    deaths = [(training, "step", 1), (training, "step", 3), (os, "fsync", 2), (training, "step", 6), (checkpoints, "save_file", 2), (os, "fsync", 5), (training, "finish_run", 1)]
+    deaths = [
+        (training, "step", 1),
+        (training, "step", 3),
+        (os, "fsync", 2),
+        (training, "step", 6),
+        (checkpoints, "save_file", 2),
+        (os, "fsync", 5),
+        (training, "finish_run", 1),
+    ]
     assert [in_a_child(job(*death)) for death in deaths] == [-signal.SIGKILL] * 7
     run(data, tmp_path)
     assert_same(tmp_path, whole)
@@ -142,7 +169,9 @@ def test_stopped(data, whole, tmp_path, monkeypatch, number, exception, at):
 
 
 def test_two_ctrl_c_stop_at_once(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "step", counted(step, 3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    monkeypatch.setattr(
+        training, "step", counted(step, 3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    )
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path)
 
@@ -166,8 +195,16 @@ def test_anew(data, whole, tmp_path):
 # damaged states
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b[:-3] + bytes([b[-3] ^ 4]) + b[-2:], lambda b: b"", lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:]],
-                         ids=["half-written", "one bit", "empty", "one bit of the header"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:-3] + bytes([b[-3] ^ 4]) + b[-2:],
+        lambda b: b"",
+        lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:],
+    ],
+    ids=["half-written", "one bit", "empty", "one bit of the header"],
+)
 def test_a_damaged_state_is_named_and_passed_over(data, whole, tmp_path, monkeypatch, spoil):
     with monkeypatch.context() as m:
         m.setattr(training, "step", counted(step, 11, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -184,19 +221,25 @@ def test_a_damaged_state_is_named_and_passed_over(data, whole, tmp_path, monkeyp
 def test_only_the_last_states_stay(tmp_path):
     for t in (5, 10, 100, 1000):
         write_state(tmp_path, t, {"w": torch.ones(2)}, {"iteration": t}, keep=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000010.safetensors", "00000100.safetensors", "00001000.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "00000010.safetensors",
+        "00000100.safetensors",
+        "00001000.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("bit", random.Random(0).sample(range(8 * 300), 40))
 def test_any_bit_is_noticed(tmp_path, bit):
     path = tmp_path / "a.safetensors"
-    write_file(path, {"w": torch.arange(12.0), "b": torch.ones(3, dtype=torch.uint8)}, {"classes": ["cat"], "iteration": 7})
+    write_tensors(
+        path, {"w": torch.arange(12.0), "b": torch.ones(3, dtype=torch.uint8)}, {"classes": ["cat"], "iteration": 7}
+    )
     content = bytearray(path.read_bytes())
     bit %= 8 * len(content)
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     with pytest.raises(ValueError, match="a.safetensors is"):
-        read_file(path)
+        read_tensors(path)
 
 
 # faults
@@ -204,9 +247,9 @@ def test_any_bit_is_noticed(tmp_path, bit):
 
 def test_a_loss_that_is_not_finite(data, tmp_path):
     with pytest.raises(FloatingPointError, match="not finite"):
-        run(data, tmp_path, lr=1e20, warmup=0)
+        run(data, tmp_path, lr=1e20, warmup_iters=0)
     for path in tmp_path.rglob("*.safetensors"):
-        assert all(v.isfinite().all() for v in read_file(path)[0].values())
+        assert all(v.isfinite().all() for v in read_tensors(path)[0].values())
 
 
 def test_a_corrupt_image_is_skipped_and_counted(data, tmp_path, monkeypatch):
@@ -250,14 +293,16 @@ def test_a_disk_that_takes_no_more(data, whole, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")}
 
     def child():
-        training.loop = lambda *args: [limited_files(), loop(*args)]
+        training.loop = lambda *args: [limited_files(), train_loop(*args)]
         try:
             run(data, tmp_path)
         except OSError as e:
             os._exit(7 if "could not be written" in str(e) and "make room" in str(e) else 8)
 
     assert in_a_child(child) == 7
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")} == before and not list(tmp_path.rglob("*.partial"))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")} == before and not list(
+        tmp_path.rglob("*.partial")
+    )
     run(data, tmp_path)
     assert_same(tmp_path, whole)
 
@@ -278,7 +323,9 @@ def test_a_full_disk(data, tmp_path):
 
 def test_a_folder_that_cannot_be_made(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="nothing can be written to .*file/run .Not a directory.: choose another folder as out"):
+    with pytest.raises(
+        OSError, match="nothing can be written to .*file/run .Not a directory.: choose another folder as out"
+    ):
         run(data, tmp_path / "file" / "run")
 
 
@@ -320,12 +367,17 @@ def assert_close(ours, theirs):
 
 def keep_gradients(out):
     "A step that writes the gradients of the last iteration, of the first process, to a file."
+
     def call(run, batch, t):
         original = run.opt.step
 
-        def kept(*args, **kwargs):
+        def load_or_make_record(*args, **kwargs):
             if run.main:
-                write_file(out / "gradients.safetensors", {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}, {})
+                write_tensors(
+                    out / "gradients.safetensors",
+                    {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None},
+                    {},
+                )
             return original(*args, **kwargs)
 
         run.opt.step = kept
@@ -339,16 +391,16 @@ def keep_gradients(out):
 
 def test_two_processes_are_one(data, tmp_path, monkeypatch):
     "Half of the batch each: the weights of one process up to rounding; metrics reduced exactly, five images on two ranks included."
-    still = replace(RECIPE, dropout=0.0, max_iters=6, batch=4)
+    still = replace(RECIPE, dropout=0.0, max_iters=6, batch_size=4)
     one, two = (tmp_path / name for name in ("one", "two"))
     monkeypatch.setattr(training, "step", keep_gradients(one))
     alone = run(data, one, still)
     monkeypatch.setattr(training, "step", keep_gradients(two))
-    together = fit_on(2, still, two, root=data, workers=0, progress=False)
+    together = fit_distributed(2, still, two, root=data, workers=0, progress=False)
     assert (alone["processes"], together["processes"]) == (1, 2)
     ours, theirs = (read_checkpoint(folder / "last.safetensors")[0] for folder in (one, two))
     assert_close(ours, theirs)
-    assert_close(*(read_file(folder / "gradients.safetensors")[0] for folder in (one, two)))
+    assert_close(*(read_tensors(folder / "gradients.safetensors")[0] for folder in (one, two)))
     for path, scores in alone["metrics"].items():
         assert together["metrics"][path]["pacc"] == pytest.approx(scores["pacc"], abs=2e-3)
 
@@ -356,13 +408,15 @@ def test_two_processes_are_one(data, tmp_path, monkeypatch):
 def test_metrics_of_two_processes_are_exact(data, tmp_path):
     "With steps of no length the model is the same: five images on two ranks, each counted once."
     still = replace(RECIPE, lr=1e-30, min_lr=1e-30, weight_decay=0.0, max_iters=2)
-    alone, together = (fit_on(n, still, tmp_path / str(n), root=data, workers=0, progress=False) for n in (1, 2))
+    alone, together = (
+        fit_distributed(n, still, tmp_path / str(n), root=data, workers=0, progress=False) for n in (1, 2)
+    )
     assert together["processes"] == 2 and together["metrics"] == alone["metrics"]
 
 
 @pytest.mark.parametrize("setting", ["inductive", "fully_supervised"])
 def test_parts_are_the_whole(data, tmp_path, setting):
-    still = replace(RECIPE, setting=setting, dropout=0.0, max_iters=4, batch=4)
+    still = replace(RECIPE, setting=setting, dropout=0.0, max_iters=4, batch_size=4)
     for name, n in (("whole", None), ("parts", 3)):
         run(data, tmp_path / name, still, per_device=n)
     ours, theirs = (read_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("whole", "parts"))
@@ -370,21 +424,62 @@ def test_parts_are_the_whole(data, tmp_path, setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, launcher", [
-    (1, ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m"]),
-    (2, ["torch.distributed.run", "--nproc-per-node=2", "-m"]),  # accelerate launch starts several processes on GPUs, but on CPUs only through MPI
-], ids=["accelerate", "torchrun"])
+@pytest.mark.parametrize(
+    "processes, launcher",
+    [
+        (
+            1,
+            [
+                "accelerate.commands.launch",
+                "--cpu",
+                "--num_processes=1",
+                "--num_machines=1",
+                "--mixed_precision=no",
+                "--dynamo_backend=no",
+                "-m",
+            ],
+        ),
+        (
+            2,
+            ["torch.distributed.run", "--nproc-per-node=2", "-m"],
+        ),  # accelerate launch starts several processes on GPUs, but on CPUs only through MPI
+    ],
+    ids=["accelerate", "torchrun"],
+)
 def test_launched_from_the_shell(data, tmp_path, processes, launcher):
-    args = [f"--{name}={value}" for name, value in vars(replace(RECIPE, max_iters=4)).items() if name not in ("dataset", "setting", "unseen") and not isinstance(value, bool)]
-    command = [sys.executable, "-m", *launcher, "otseg.training", "--dataset=folder", f"--root={data}", f"--out={tmp_path / 'run'}", "--workers=0", *args]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    args = [
+        f"--{name}={value}"
+        for name, value in vars(replace(RECIPE, max_iters=4)).items()
+        if name not in ("dataset", "setting", "unseen") and not isinstance(value, bool)
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "otseg.training",
+        "--dataset=folder",
+        f"--root={data}",
+        f"--out={tmp_path / 'run'}",
+        "--workers=0",
+        *args,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run/record.json").read_text())["processes"] == processes and done.stdout.count("| ensemble |") == 1
+    assert (
+        json.loads((tmp_path / "run/record.json").read_text())["processes"] == processes
+        and done.stdout.count("| ensemble |") == 1
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run(data, tmp_path):
     "With an error, not with a wait for ever."
+
     def child():
         def step_or_die(run, batch, t):
             if t == 2 and run.accelerator.process_index == 1:
@@ -393,7 +488,7 @@ def test_a_killed_rank_ends_the_run(data, tmp_path):
 
         training.step = step_or_die
         try:
-            fit_on(2, replace(RECIPE, batch=4), tmp_path / "run", root=data, workers=0, progress=False)
+            fit_distributed(2, replace(RECIPE, batch_size=4), tmp_path / "run", root=data, workers=0, progress=False)
         except Exception:
             os._exit(9)
 

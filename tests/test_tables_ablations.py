@@ -1,15 +1,16 @@
 """The ablation notebooks: through papermill in tiny settings, and what they wrote against the records."""
+
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-
-from otseg.tables import NOT_RUN, kept
 from test_notebooks import papermill
 
+from otseg.tables import NOT_RUN, load_or_make_record
+
 ROOT = Path(__file__).parents[1]
-TINY = {"max_iters": 2, "batch": 2, "warmup": 1, "val_every": 1, "val_images": 1, "seeds": 1}
+TINY = {"max_iters": 2, "batch": 2, "warmup": 1, "val_interval": 1, "val_images": 1, "seeds": 1}
 
 
 def run_table(name, folder, /, **parameters):
@@ -29,7 +30,9 @@ def components(tmp_path_factory):
 
 @pytest.mark.slow
 def test_components_train_and_measure_what_is_missing(components):
-    run, plans = sorted((json.loads(p.read_text()) for p in (components / "records").glob("*")), key=lambda r: len(r["name"]))[:2]
+    run, plans = sorted(
+        (json.loads(p.read_text()) for p in (components / "records").glob("*")), key=lambda r: len(r["name"])
+    )[:2]
     assert run["recipe"]["max_iters"] == 2 and plans["name"] == f"{run['name']}@plans" and plans["images"] == 1
     table = pd.read_csv(components / "out/tables/t3_components_digits.csv")
     assert set(table["records"]) == {run["name"]} and set(table["path"]) == {"mps", "mpsa", "ensemble"}
@@ -48,7 +51,11 @@ def test_factors_of_inference_are_evaluated_from_the_checkpoint(components):
     for path, weight in {"mps": "0.0", "ensemble": "0.5", "mpsa": "1.0"}.items():
         assert mixed["metrics"][weight] == run["metrics"][path]
     table = pd.read_csv(components / "out/tables/t4_prompts_and_transport_digits.csv")
-    assert len(table) == 5 * 4 and (table["value"] == table["path"]).all() and (components / "out/figures/t4_prompts_and_transport_digits.png").is_file()
+    assert (
+        len(table) == 5 * 4
+        and (table["value"] == table["path"]).all()
+        and (components / "out/figures/t4_prompts_and_transport_digits.png").is_file()
+    )
 
 
 @pytest.mark.slow
@@ -62,10 +69,14 @@ def test_what_was_not_run_says_so(tmp_path, name, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, wrong, says", [
-    ("t3_components", {"seed": 3}, "seed is what this notebook varies"),
-    ("t4_prompts_and_transport", {"factors": "templates,epsilon"}, "factors = epsilon: there is templates"),
-], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "name, wrong, says",
+    [
+        ("t3_components", {"seed": 3}, "seed is what this notebook varies"),
+        ("t4_prompts_and_transport", {"factors": "templates,epsilon"}, "factors = epsilon: there is templates"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
 def test_a_wrong_parameter_stops_the_notebook(tmp_path, name, wrong, says):
     done = run_table(name, tmp_path, **wrong)
     assert done.returncode != 0 and says in done.stderr and not (tmp_path / "out").exists()
@@ -74,11 +85,17 @@ def test_a_wrong_parameter_stops_the_notebook(tmp_path, name, wrong, says):
 def test_one_prompt_has_one_plan():
     """Whatever was learnt: the distance from uniform of plans with one prompt, or with copies of one, is nought."""
     plans = pd.read_csv(ROOT / "results/tables/t3_plans_digits.csv").query("metric == 'distance'")
-    assert plans[plans["decoder"].str.startswith("Sinkhorn, 1 prompt")]["mean"].max() < 1e-4 < plans[plans["decoder"].str.startswith("MPSA")]["mean"].min()
+    assert (
+        plans[plans["decoder"].str.startswith("Sinkhorn, 1 prompt")]["mean"].max()
+        < 1e-4
+        < plans[plans["decoder"].str.startswith("MPSA")]["mean"].min()
+    )
 
 
 def test_the_mixture_at_the_ends_is_a_path():
     for seed in range(3):
-        run = kept(f"digits0-inductive-mpsa-seed{seed}")["metrics"]
-        mixed = kept(f"digits0-inductive-mpsa-seed{seed}@lambda")["metrics"]
-        assert [mixed[w]["hiou"] for w in ("0.0", "0.5", "1.0")] == [run[path]["hiou"] for path in ("mps", "ensemble", "mpsa")]
+        run = load_or_make_record(f"digits0-inductive-mpsa-seed{seed}")["metrics"]
+        mixed = load_or_make_record(f"digits0-inductive-mpsa-seed{seed}@lambda")["metrics"]
+        assert [mixed[w]["hiou"] for w in ("0.0", "0.5", "1.0")] == [
+            run[path]["hiou"] for path in ("mps", "ensemble", "mpsa")
+        ]

@@ -1,16 +1,17 @@
 """Cost of a model and course of its training: the counter by hand, every number of the tables from its record, and the notebooks in a tiny setting."""
+
 import json
 import math
 
 import pandas as pd
 import pytest
 import torch
+from helpers import PATCH, SIDE, D, random_image, small_model
+from test_notebooks import ROOT, TINY, papermill
 from torch import nn
 
-from helpers import D, SIDE, PATCH, random_image, small_model
 from otseg.bench import flops, random_model
-from otseg.clip import FrozenFeedForward
-from test_notebooks import ROOT, TINY, papermill
+from otseg.encoder import FrozenFeedForward
 
 TABLES, RECORDS = ROOT / "results/tables", ROOT / "results/runs"
 
@@ -27,7 +28,9 @@ def test_the_encoder_by_hand(grad):
     s = 1 + m
     for block in model.encoder.visual.transformer.resblocks:
         assert block.attn.embed_dim == width
-    linear = 2 * width**2 * (s + 2 * (s + p) + s + 2 * 4 * s)  # queries, keys and values, output, two layers of four times the width
+    linear = (
+        2 * width**2 * (s + 2 * (s + p) + s + 2 * 4 * s)
+    )  # queries, keys and values, output, two layers of four times the width
     attention = 2 * 2 * s * (s + p) * width
     expected = layers * (linear + attention) + 2 * s * width * D
     prompts = layers * p * 2 * width**2  # projected once for the batch
@@ -49,7 +52,12 @@ def test_the_frozen_feed_forward_is_seen():
             self.encoder, self.decoder = nn.Linear(width, width), nn.Linear(width, 1)
 
         def forward(self, x):
-            weights = torch.randn(4 * width, width), torch.randn(4 * width), torch.randn(width, 4 * width), torch.randn(width)
+            weights = (
+                torch.randn(4 * width, width),
+                torch.randn(4 * width),
+                torch.randn(width, 4 * width),
+                torch.randn(width),
+            )
             return self.decoder(FrozenFeedForward.apply(self.encoder(x), *weights))
 
     assert flops(Block(), torch.randn(r, width))["all"] == 2 * r * (width**2 * (1 + 4 + 4) + width)
@@ -61,13 +69,20 @@ def test_the_frozen_feed_forward_is_seen():
 def derived(cost):
     "What a table says of a measured cost, by metric."
     found = {
-        "trainable_params_m": cost["trainable"] / 1e6, "params_m": cost["parameters"] / 1e6, "gflops": cost["flops"]["all"] / 1e9,
-        "gmacs": cost["flops"]["all"] / 2e9, "encoder_percent": 100 * cost["flops"]["encoder"] / cost["flops"]["all"],
+        "trainable_params_m": cost["trainable"] / 1e6,
+        "params_m": cost["parameters"] / 1e6,
+        "gflops": cost["flops"]["all"] / 1e9,
+        "gmacs": cost["flops"]["all"] / 2e9,
+        "encoder_percent": 100 * cost["flops"]["encoder"] / cost["flops"]["all"],
     }
     if "median" in cost.get("window", {}):
         found["fps"] = 1 / cost["window"]["median"]
     if "median" in cost.get("step", {}):
-        found |= {"step_seconds": cost["step"]["median"], "step_peak_mb": cost["step"]["peak"], "step_total_mb": cost["step"]["total"]}
+        found |= {
+            "step_seconds": cost["step"]["median"],
+            "step_peak_mb": cost["step"]["peak"],
+            "step_total_mb": cost["step"]["total"],
+        }
     return found
 
 
@@ -93,7 +108,10 @@ def test_measured_numbers_come_from_the_measurement():
 def test_published_numbers_are_those_of_others():
     table = pd.read_csv(TABLES / "t5_efficiency_published.csv")
     published = pd.read_csv(ROOT / "results/published.csv").query("table == 'efficiency'")
-    assert table["published"].tolist() == published["value"].tolist() and table["source"].tolist() == published["source"].tolist()
+    assert (
+        table["published"].tolist() == published["value"].tolist()
+        and table["source"].tolist() == published["source"].tolist()
+    )
 
 
 def check_curves(table, records):
@@ -101,13 +119,20 @@ def check_curves(table, records):
     assert len(table)
     for run, log in table.groupby("run"):
         record = json.loads((records / f"{run}.json").read_text())
-        assert (log["setting"] == record["setting"]).all() and (log["seed"] == record["seed"]).all() and (log["decoder"] == record["method"]).all()
+        assert (
+            (log["setting"] == record["setting"]).all()
+            and (log["seed"] == record["seed"]).all()
+            and (log["decoder"] == record["method"]).all()
+        )
         (final,) = log[log["final"]].to_dict("records")
         assert final["iteration"] == record["recipe"]["max_iters"]
         for column in (c for c in table if "." in c):
             path, metric = column.split(".")
             value = record["metrics"][path][metric]
-            assert math.isnan(final[column]) if value is None else math.isclose(final[column], value, rel_tol=1e-4), (run, column)
+            assert math.isnan(final[column]) if value is None else math.isclose(final[column], value, rel_tol=1e-4), (
+                run,
+                column,
+            )
 
 
 @pytest.mark.parametrize("file", sorted(TABLES.glob("f3_training_*.csv")), ids=lambda p: p.stem)
@@ -126,24 +151,30 @@ def run(name, folder, **parameters):
 @pytest.mark.slow
 def test_efficiency_is_measured_and_read_again(tmp_path):
     done, executed = run("t5_efficiency", tmp_path)
-    assert done.returncode == 0 and "not run: `papermill nbs/tables/t5_efficiency.ipynb" in executed.read_text(), done.stderr[-3000:]
+    assert done.returncode == 0 and "not run: `papermill nbs/tables/t5_efficiency.ipynb" in executed.read_text(), (
+        done.stderr[-3000:]
+    )
     assert not check_costs(tmp_path / "results")
     done, _ = run("t5_efficiency", tmp_path, measure=True, sizes="tiny", repeats=1)
     assert done.returncode == 0, done.stderr[-3000:]
     (table,) = check_costs(tmp_path / "results")
     assert set(pd.read_csv(table)["dataset"]) == {"COCO-Stuff", "digits"}
-    assert "ZegCLIP" not in table.read_text() and "OTSeg" not in (table.parent / "t5_efficiency_published.csv").read_text()
+    assert (
+        "ZegCLIP" not in table.read_text() and "OTSeg" not in (table.parent / "t5_efficiency_published.csv").read_text()
+    )
     assert (tmp_path / "results/figures/t5_efficiency_cpu.png").is_file()
 
 
 @pytest.mark.slow
 def test_curves_are_kept_when_the_logs_are_gone(tmp_path):
-    tiny = TINY | dict(settings="inductive", seeds=1, val_every=1, records=tmp_path / "records", workers=0)
+    tiny = TINY | dict(settings="inductive", seeds=1, val_interval=1, records=tmp_path / "records", workers=0)
     done, _ = run("f3_training", tmp_path, run_missing=True, runs=tmp_path / "runs", **tiny)
     assert done.returncode == 0, done.stderr[-3000:]
     file = tmp_path / "results/tables/f3_training_digits.csv"
     check_curves(pd.read_csv(file), tmp_path / "records")
-    assert len(pd.read_csv(file)["run"].unique()) == 2 and (tmp_path / "results/figures/f3_training_digits.png").is_file()
+    assert (
+        len(pd.read_csv(file)["run"].unique()) == 2 and (tmp_path / "results/figures/f3_training_digits.png").is_file()
+    )
     text = file.read_text()
     done, executed = run("f3_training", tmp_path, runs=tmp_path / "gone", **tiny)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -151,10 +182,13 @@ def test_curves_are_kept_when_the_logs_are_gone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, wrong, says", [
-    ("t5_efficiency", {"repeat": 3}, "unknown parameter repeat"),
-    ("f3_training", {"path": "both"}, "mps, mpsa, ensemble"),
-])
+@pytest.mark.parametrize(
+    "name, wrong, says",
+    [
+        ("t5_efficiency", {"repeat": 3}, "unknown parameter repeat"),
+        ("f3_training", {"path": "both"}, "mps, mpsa, ensemble"),
+    ],
+)
 def test_a_wrong_parameter_is_refused(tmp_path, name, wrong, says):
     done, _ = run(name, tmp_path, **wrong)
     assert done.returncode != 0 and says in done.stderr

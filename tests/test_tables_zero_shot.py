@@ -1,4 +1,5 @@
 """The notebooks of the zero-shot and the cross-dataset table: what they refuse, what they read, what they run."""
+
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import pandas as pd
 import pytest
 from test_notebooks import ROOT, TINY, papermill
 
-from otseg.viz import METRICS
+from otseg.metrics import METRICS
 
 NAMES = ("t1_zero_shot", "t2_cross_dataset")
 WRONG = [
@@ -57,7 +58,9 @@ def test_defaults_read_records_and_give_the_committed_tables(name, tmp_path):
     tables, _ = table(name, tmp_path, dataset="digits", runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists() and f"{name}_digits" in tables
     for stem, numbers in tables.items():
-        pd.testing.assert_frame_equal(numbers, pd.read_csv(ROOT / f"results/tables/{stem}.csv"), check_exact=False, atol=1e-3)
+        pd.testing.assert_frame_equal(
+            numbers, pd.read_csv(ROOT / f"results/tables/{stem}.csv"), check_exact=False, atol=1e-3
+        )
     assert (tmp_path / f"figures/{name}_digits.png").is_file()
 
 
@@ -65,7 +68,18 @@ def test_defaults_read_records_and_give_the_committed_tables(name, tmp_path):
 def test_zero_shot_trains_what_is_missing(tmp_path):
     """Both decoders, tiny: a record and a checkpoint each, and a table whose numbers are those of the records."""
     where = dict(records=tmp_path / "records", runs=tmp_path / "runs")
-    tables, shown = table("t1_zero_shot", tmp_path, dataset="digits", settings="inductive", seeds=1, splits=1, stride=48, run_missing=True, **TINY, **where)
+    tables, shown = table(
+        "t1_zero_shot",
+        tmp_path,
+        dataset="digits",
+        settings="inductive",
+        seeds=1,
+        splits=1,
+        stride=48,
+        run_missing=True,
+        **TINY,
+        **where,
+    )
     records = {path.stem: json.loads(path.read_text()) for path in where["records"].iterdir()}
     assert sorted(r["method"] for r in records.values()) == ["mpsa", "softmax"]
     assert {path.parent.name for path in where["runs"].rglob("last.safetensors")} == {*records}
@@ -80,13 +94,28 @@ def test_zero_shot_trains_what_is_missing(tmp_path):
 @pytest.mark.slow
 def test_cross_dataset_trains_evaluates_and_keeps(tmp_path):
     where = dict(records=tmp_path / "records", runs=tmp_path / "runs")
-    tables, _ = table("t2_cross_dataset", tmp_path, dataset="digits", settings="inductive", seeds=1, targets="plain,digits", images=2, stride=48, run_missing=True, **TINY, **where)
+    tables, _ = table(
+        "t2_cross_dataset",
+        tmp_path,
+        dataset="digits",
+        settings="inductive",
+        seeds=1,
+        targets="plain,digits",
+        images=2,
+        stride=48,
+        run_missing=True,
+        **TINY,
+        **where,
+    )
     records = {path.stem: json.loads(path.read_text()) for path in where["records"].glob("*@*")}
     assert sorted(name.split("@")[1] for name in records) == ["folder-digits-2-images", "folder-plain-2-images"]
     numbers = tables["t2_cross_dataset_digits"]
     for row in numbers.query("metric == 'mIoU'").itertuples():
         iou = pd.Series(records[row.records]["metrics"][row.path]["iou"], dtype=float)
-        assert row.mean == pytest.approx(100 * iou.mean(), abs=1e-3) and len(iou) == {"plain": 16, "digits": 10}[row.target]
+        assert (
+            row.mean == pytest.approx(100 * iou.mean(), abs=1e-3)
+            and len(iou) == {"plain": 16, "digits": 10}[row.target]
+        )
     assert all(r["images"] == 2 and r["name"] == name and r["run"] == name.split("@")[0] for name, r in records.items())
 
 
@@ -94,5 +123,7 @@ def test_cross_dataset_trains_evaluates_and_keeps(tmp_path):
 def test_published_rows_stand_apart_complete_and_with_their_source(dataset):
     theirs = pd.read_csv(ROOT / f"results/tables/t1_zero_shot_{dataset}_published.csv")
     printed = pd.read_csv(ROOT / "results/published.csv").query("dataset == @dataset and table in ('table1', 'later')")
-    pd.testing.assert_frame_equal(theirs, printed.assign(metric=printed["metric"].map(METRICS))[[*theirs]].reset_index(drop=True))
+    pd.testing.assert_frame_equal(
+        theirs, printed.assign(metric=printed["metric"].map(METRICS))[[*theirs]].reset_index(drop=True)
+    )
     assert not {"value", "source"} & {*pd.read_csv(ROOT / f"results/tables/t1_zero_shot_{dataset}.csv")}

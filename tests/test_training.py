@@ -1,4 +1,5 @@
 """Training: rates, pseudo labels, what each setting may know, whole runs on a few scenes, checkpoints."""
+
 import json
 import math
 import pickle
@@ -9,20 +10,25 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import close
 from safetensors.torch import save_file
 from torch.utils.data import default_collate
 
-from helpers import close
 from otseg import training
-from otseg.checkpoints import newest_state, write_state
-from otseg.data import UNLABELLED, Benchmark, Crops, Whole, normalize
+from otseg.checkpoints import newest_state, provenance, write_state
+from otseg.clip import read_checkpoint
+from otseg.data import UNLABELLED, Benchmark, EvalView, TrainCrops
+from otseg.evaluation import validate
+from otseg.images import IGNORE, normalize
 from otseg.inference import predict_paths
-from otseg.losses import IGNORE
 from otseg.model import Masks
+from otseg.models import build_model, load_weights, save_checkpoint
+from otseg.predict import load
 from otseg.recipes import SETTINGS, Recipe, resolve, run_name
-from otseg.training import build, fit, load, load_weights, loss_terms, lr_at, may_occur, optimizer, participants, provenance, pseudo_label, read_checkpoint, save_checkpoint, validate
+from otseg.steps import loss_terms, lr_at, make_optimizer, max_present_masks, pseudo_label, training_classes_and_labels
+from otseg.training import fit
 
-SHORT = dict(max_iters=6, batch=4, val_every=4, val_images=2, warmup=2)
+SHORT = dict(max_iters=6, batch=4, val_interval=4, val_images=2, warmup_iters=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +48,29 @@ def few_scenes(bench, monkeypatch):
 
 def model_of(recipe, bench):
     torch.manual_seed(recipe.seed)
-    return build(recipe, bench)
+    return build_model(recipe, bench)
 
 
 def crops(bench, table=None, b=4):
     items = [bench.images("train")[i] for i in range(b)]
     label = torch.stack([item["label"][24:72, 24:72] for item in items])
-    return {"image": normalize(torch.stack([item["image"][:, 24:72, 24:72] for item in items])), "label": label if table is None else table[label]}
+    return {
+        "image": normalize(torch.stack([item["image"][:, 24:72, 24:72] for item in items])),
+        "label": label if table is None else table[label],
+    }
 
 
 # the pieces
 
 
-@pytest.mark.parametrize("recipe", [resolve("digits"), Recipe("x", "inductive"), Recipe("x", "inductive", warmup=0, max_iters=50)], ids=["digits", "paper", "no warm-up"])
+@pytest.mark.parametrize(
+    "recipe",
+    [resolve("digits"), Recipe("x", "inductive"), Recipe("x", "inductive", warmup_iters=0, max_iters=50)],
+    ids=["digits", "paper", "no warm-up"],
+)
 def test_learning_rate(recipe):
     "Poly decay times a linear ramp that begins at 1e-6."
-    T, W, peak, floor = recipe.max_iters, recipe.warmup, recipe.lr, recipe.min_lr
+    T, W, peak, floor = recipe.max_iters, recipe.warmup_iters, recipe.lr, recipe.min_lr
     decay = lambda t: (peak - floor) * (1 - t / T) ** 0.9 + floor
     for t in {0, 1, W - 1, W, W + 1, T // 2, T - 1} - {-1}:
         ramp = 1 - (1 - t / W) * (1 - 1e-6) if t < W else 1
@@ -70,8 +83,10 @@ def test_optimizer(bench):
     "One group, every tensor that learns, none that does not."
     recipe = resolve("digits", weight_decay=0.3)
     model = model_of(recipe, bench)
-    (group,) = optimizer(model, recipe).param_groups
-    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad} and group["weight_decay"] == 0.3
+    (group,) = make_optimizer(model, recipe).param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad} and group[
+        "weight_decay"
+    ] == 0.3
 
 
 def test_pseudo_labels():
@@ -84,44 +99,56 @@ def test_pseudo_labels():
     full = [F.interpolate(z.detach(), size=(9, 12), mode="bilinear") for z in masks]
     prob = (0.5 * full[0] + 0.5 * full[1]).sigmoid()
     want = torch.where(prob[:, 4] > prob[:, 1], 4, 1)
-    assert torch.equal(ours, torch.where(label == UNLABELLED, want, label)) and len(ours[label == UNLABELLED].unique()) == 2
+    assert (
+        torch.equal(ours, torch.where(label == UNLABELLED, want, label))
+        and len(ours[label == UNLABELLED].unique()) == 2
+    )
     assert torch.equal(label, before) and ours.dtype == torch.int64 and not ours.requires_grad
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_no_more_masks_occur_than_are_counted(bench, setting):
     recipe = resolve("digits", setting)
-    rows, table = participants(setting, bench)
-    data = Crops(bench.images("train"), recipe, table)
+    rows, table = training_classes_and_labels(setting, bench)
+    data = TrainCrops(bench.images("train"), recipe, table)
     batch = default_collate([data[0, i] for i in range(8)])
-    assert all(torch.equal(occurs.nonzero()[:, 0], label.unique()) for occurs, label in zip(batch["occurs"], batch["label"]))
+    assert all(
+        torch.equal(present_labels.nonzero()[:, 0], label.unique())
+        for present_labels, label in zip(batch["present_labels"], batch["label"])
+    )
     label = pseudo_label(model_of(recipe, bench)(batch["image"]), batch["label"], bench.unseen)
-    counted, found = may_occur(batch["occurs"], len(rows), bench.unseen), sum(len(set(one.unique().tolist()) - {IGNORE}) for one in label)
+    counted, found = (
+        max_present_masks(batch["present_labels"], len(rows), bench.unseen),
+        sum(len(set(one.unique().tolist()) - {IGNORE}) for one in label),
+    )
     assert found <= counted <= found + (len(label) * len(bench.unseen) if setting == "transductive" else 0)
 
 
 def test_what_each_setting_may_know(bench):
     labels, seen, unseen = torch.arange(16), list(bench.seen), list(bench.unseen)
-    rows, table = participants("inductive", bench)
+    rows, table = training_classes_and_labels("inductive", bench)
     assert rows == seen and torch.equal(table[seen], torch.arange(12)) and (table[unseen] == IGNORE).all()
-    rows, table = participants("transductive", bench)
+    rows, table = training_classes_and_labels("transductive", bench)
     assert rows == labels.tolist() and torch.equal(table[seen], labels[seen]) and (table[unseen] == UNLABELLED).all()
-    rows, table = participants("fully_supervised", bench)
+    rows, table = training_classes_and_labels("fully_supervised", bench)
     assert rows == labels.tolist() and torch.equal(table[:16], labels)
     for setting in SETTINGS:
-        assert (participants(setting, bench)[1][16:] == IGNORE).all()
+        assert (training_classes_and_labels(setting, bench)[1][16:] == IGNORE).all()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_no_setting_uses_labels_it_may_not_see(bench, setting):
     "Other labels on the pixels of unseen classes change no loss but in the fully supervised setting."
     recipe = resolve("digits", setting)
-    rows, table = participants(setting, bench)
+    rows, table = training_classes_and_labels(setting, bench)
     model = model_of(recipe, bench).eval()
     batch, swap = crops(bench), torch.arange(256)
     swap[list(bench.unseen)] = torch.tensor(bench.unseen).roll(1)
     assert not torch.equal(swap[batch["label"]], batch["label"])
-    losses = [loss_terms(model, batch | {"label": table[label]}, model.text[rows], recipe, bench.unseen)[0] for label in (batch["label"], swap[batch["label"]])]
+    losses = [
+        loss_terms(model, batch | {"label": table[label]}, model.text[rows], recipe, bench.unseen)[0]
+        for label in (batch["label"], swap[batch["label"]])
+    ]
     assert (losses[0] == losses[1]) == (setting != "fully_supervised")
 
 
@@ -129,7 +156,7 @@ def test_no_setting_uses_labels_it_may_not_see(bench, setting):
 def test_overfit_one_batch(bench, attention):
     recipe = resolve("digits", "fully_supervised", attention=attention, lr=3e-3, dropout=0.0)
     model, batch = model_of(recipe, bench), crops(bench)
-    opt = optimizer(model, recipe)
+    opt = make_optimizer(model, recipe)
 
     def wrong():
         return (predict_paths(model, batch["image"])["ensemble"] != batch["label"]).float().mean()
@@ -154,7 +181,7 @@ def runs(bench, tmp_path_factory):
     folder, models = tmp_path_factory.mktemp("runs"), []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(training, "load_benchmark", lambda *args: bench)
-        m.setattr(training, "build", lambda recipe, bench: models.append(build(recipe, bench)) or models[-1])
+        m.setattr(training, "build", lambda recipe, bench: models.append(build_model(recipe, bench)) or models[-1])
         done = {}
         for setting in ("inductive", "transductive"):
             recipe = resolve("digits", setting, **SHORT)
@@ -167,30 +194,53 @@ def runs(bench, tmp_path_factory):
 def test_record(runs, bench, setting):
     recipe, record, folder = runs[setting]
     assert json.loads((folder / "record.json").read_text()) == record
-    assert {"dataset": "digits", "split": 0, "setting": setting, "method": "mpsa", "seed": 0, "name": run_name(recipe), "recipe": asdict(recipe)}.items() <= record.items()
-    assert set(record) >= {"commit", "versions", "device", "started", "seconds"} and {"python", "torch"} <= set(record["versions"]) and record["seconds"] > 0
+    assert {
+        "dataset": "digits",
+        "split": 0,
+        "setting": setting,
+        "method": "mpsa",
+        "seed": 0,
+        "name": run_name(recipe),
+        "recipe": asdict(recipe),
+    }.items() <= record.items()
+    assert (
+        set(record) >= {"commit", "versions", "device", "started", "seconds"}
+        and {"python", "torch"} <= set(record["versions"])
+        and record["seconds"] > 0
+    )
     assert set(record["metrics"]) == {"mps", "mpsa", "ensemble", "dense_clip"}
     for scores in record["metrics"].values():
-        assert set(scores) == {"pacc", "miou_seen", "miou_unseen", "hiou", "iou"} and tuple(scores["iou"]) == bench.classes
+        assert (
+            set(scores) == {"pacc", "miou_seen", "miou_unseen", "hiou", "iou"} and tuple(scores["iou"]) == bench.classes
+        )
         assert all(v is None or 0 <= v <= 1 for v in [*scores["iou"].values(), scores["pacc"], scores["hiou"]])
 
 
 @pytest.mark.parametrize("setting", ["inductive", "transductive"])
 def test_files(runs, setting):
     recipe, record, folder = runs[setting]
-    assert {p.name for p in folder.iterdir()} == {"best.safetensors", "half.safetensors", "last.safetensors", "log.jsonl", "record.json", "states"}
+    assert {p.name for p in folder.iterdir()} == {
+        "best.safetensors",
+        "half.safetensors",
+        "last.safetensors",
+        "log.jsonl",
+        "record.json",
+        "states",
+    }
     assert [read_checkpoint(folder / f"{name}.safetensors")[1]["iteration"] for name in ("half", "last")] == [3, 6]
     log = pd.read_json(folder / "log.jsonl", lines=True)
     losses, scores = log.dropna(subset="mps_focal"), log.dropna(subset="ensemble.hiou")
     assert losses["iteration"].tolist() == [6] and math.isclose(losses["lr"].item(), lr_at(5, recipe))
-    assert scores["iteration"].tolist() == [4, 6] and math.isclose(scores["ensemble.hiou"].iloc[-1], record["metrics"]["ensemble"]["hiou"])
+    assert scores["iteration"].tolist() == [4, 6] and math.isclose(
+        scores["ensemble.hiou"].iloc[-1], record["metrics"]["ensemble"]["hiou"]
+    )
 
 
 def test_record_is_what_the_checkpoint_scores(runs, bench):
     recipe, record, folder = runs["inductive"]
     model, again, _ = load(folder / "last.safetensors")
     assert again == recipe and not model.training
-    scores = validate(model, bench, recipe, Whole(bench.images("val"), recipe))
+    scores = validate(model, bench, recipe, EvalView(bench.images("val"), recipe))
     for path, s in scores.items():
         assert s["pacc"] == record["metrics"][path]["pacc"] and s["hiou"] == record["metrics"][path]["hiou"]
 
@@ -199,7 +249,7 @@ def test_frozen_weights_and_text_stay(runs, bench):
     fresh = bench.clip().visual.state_dict()
     for model in runs["models"]:
         assert all(torch.equal(value, fresh[name]) for name, value in model.encoder.visual.state_dict().items())
-        assert torch.equal(model.text, build(runs["inductive"][0], bench).text)
+        assert torch.equal(model.text, build_model(runs["inductive"][0], bench).text)
 
 
 def test_everything_else_moves(runs, bench):
@@ -225,8 +275,14 @@ def test_a_seed_determines_a_run(runs, tmp_path):
     state, about = read_checkpoint(folder / "last.safetensors")
     same, differs = (read_checkpoint(tmp_path / str(seed) / "last.safetensors")[0] for seed in (0, 1))
     assert all(torch.equal(state[name], same[name]) for name in state) and again["metrics"] == record["metrics"]
-    assert not any(torch.equal(state[name], differs[name]) for name in state if "norm" not in name and "bias" not in name)
-    assert (folder / "log.jsonl").read_text() == (tmp_path / "0" / "log.jsonl").read_text() != (tmp_path / "1" / "log.jsonl").read_text()
+    assert not any(
+        torch.equal(state[name], differs[name]) for name in state if "norm" not in name and "bias" not in name
+    )
+    assert (
+        (folder / "log.jsonl").read_text()
+        == (tmp_path / "0" / "log.jsonl").read_text()
+        != (tmp_path / "1" / "log.jsonl").read_text()
+    )
 
 
 def test_loop(monkeypatch, tmp_path):
@@ -234,12 +290,18 @@ def test_loop(monkeypatch, tmp_path):
     steps, opts, seeds = [], [], []
 
     def spy(net, *args, **options):
-        steps.append((net.training, opts[0].param_groups[0]["lr"], all(p.grad is None or not p.grad.any() for p in net.parameters())))
+        steps.append(
+            (
+                net.training,
+                opts[0].param_groups[0]["lr"],
+                all(p.grad is None or not p.grad.any() for p in net.parameters()),
+            )
+        )
         return loss_terms(net, *args, **options)
 
     monkeypatch.setattr(training, "loss_terms", spy)
-    monkeypatch.setattr(training, "optimizer", lambda *args: opts.append(optimizer(*args)) or opts[0])
-    monkeypatch.setattr(training, "Crops", lambda *args: seeds.append(args[1].seed) or Crops(*args))
+    monkeypatch.setattr(training, "optimizer", lambda *args: opts.append(make_optimizer(*args)) or opts[0])
+    monkeypatch.setattr(training, "TrainCrops", lambda *args: seeds.append(args[1].seed) or TrainCrops(*args))
     recipe = resolve("digits", seed=5, **SHORT)
     fit(recipe, tmp_path, progress=False)
     assert steps == [(True, lr_at(t, recipe), True) for t in range(6)] and seeds == [5]
@@ -257,7 +319,10 @@ def test_overrides(runs, tmp_path):
 def test_other_precision_in_the_same_process(runs, tmp_path):
     record = fit(resolve("digits", **SHORT | dict(max_iters=2), precision="bf16"), tmp_path, progress=False)
     assert record["recipe"]["precision"] == "bf16"
-    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in read_checkpoint(tmp_path / "last.safetensors")[0].values())
+    assert all(
+        t.dtype == torch.float32 and t.isfinite().all()
+        for t in read_checkpoint(tmp_path / "last.safetensors")[0].values()
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has every precision")
@@ -281,7 +346,9 @@ def test_one_iteration(tmp_path):
 def test_transductive_without_its_inductive_run(tmp_path):
     recipe = resolve("digits", "transductive", split=1, seed=3, max_iters=7)
     name = run_name(resolve("digits", "inductive", split=1, seed=3, max_iters=7))
-    with pytest.raises(FileNotFoundError, match=f"there is no .*{name}/half.safetensors: run the setting 'inductive' first"):
+    with pytest.raises(
+        FileNotFoundError, match=f"there is no .*{name}/half.safetensors: run the setting 'inductive' first"
+    ):
         fit(recipe, tmp_path / run_name(recipe))
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.safetensors"):
         fit(recipe, tmp_path / run_name(recipe), init=tmp_path / "absent.safetensors", progress=False)
@@ -303,7 +370,9 @@ def test_checkpoint_says_what_it_is(saved, bench):
     state, about = read_checkpoint(path)
     assert about["recipe"] == recipe and about["iteration"] == 3 and about["commit"] == provenance()["commit"]
     assert tuple(about["classes"]) == bench.classes and tuple(about["unseen"]) == bench.unseen
-    assert state.keys() == model.trainable_state().keys() and [p.name for p in path.parent.iterdir()] == ["a.safetensors"]  # no partial file
+    assert state.keys() == model.trainable_state().keys() and [p.name for p in path.parent.iterdir()] == [
+        "a.safetensors"
+    ]  # no partial file
 
 
 def test_checkpoint_gives_the_model_back(saved, bench):
@@ -335,7 +404,11 @@ def foreign(path):
     save_file({"weight": torch.zeros(3)}, path)
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, pickled, foreign, lambda path: path.write_bytes(b"")], ids=["truncated", "flipped", "pickled", "foreign", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, flipped, pickled, foreign, lambda path: path.write_bytes(b"")],
+    ids=["truncated", "flipped", "pickled", "foreign", "empty"],
+)
 def test_damaged_checkpoints(saved, damage):
     model, _, path = saved
     damage(path)
@@ -364,15 +437,21 @@ def test_same_classes_in_another_order(saved, bench):
         load_weights(model, path, names)
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(depth=2), r"decoder.layers.1.* is \(.*\) there but unknown here"),
-    (dict(depth=4), r"decoder.layers.2.* is missing there but \(.*\) here"),
-    (dict(prompts=5), r"deep_prompt_embeddings is \(3, 10, 128\) there but \(3, 5, 128\) here .*; was the recipe changed"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(depth=2), r"decoder.layers.1.* is \(.*\) there but unknown here"),
+        (dict(depth=4), r"decoder.layers.2.* is missing there but \(.*\) here"),
+        (
+            dict(visual_prompts=5),
+            r"deep_prompt_embeddings is \(3, 10, 128\) there but \(3, 5, 128\) here .*; was the recipe changed",
+        ),
+    ],
+)
 def test_checkpoint_of_another_recipe(saved, bench, change, says):
     "It is refused and nothing of it is loaded."
     _, recipe, path = saved
-    other = build(replace(recipe, **change), bench)
+    other = build_model(replace(recipe, **change), bench)
     before = {name: t.clone() for name, t in other.trainable_state().items()}
     with pytest.raises(ValueError, match=says):
         load_weights(other, path, bench.classes)
@@ -399,8 +478,8 @@ def test_a_state_older_than_a_field_of_the_recipe(tmp_path):
     recipe = resolve("digits", **SHORT)
     fit(recipe, tmp_path, progress=False)
     tensors, about = newest_state(tmp_path / "states")
-    del about["recipe"]["copies"]
+    del about["recipe"]["template_repeats"]
     write_state(tmp_path / "states", about["progress"]["t"], tensors, about)
-    assert fit(recipe, tmp_path, progress=False)["recipe"]["copies"] == 1
+    assert fit(recipe, tmp_path, progress=False)["recipe"]["template_repeats"] == 1
     with pytest.raises(ValueError, match="a run with another copies"):
-        fit(recipe, tmp_path, progress=False, copies=2)
+        fit(recipe, tmp_path, progress=False, template_repeats=2)

@@ -1,4 +1,5 @@
 """Files from somebody else: nothing in them is run, nothing outside of their folder is read, and what does not fit is named."""
+
 import io
 import json
 import os
@@ -11,21 +12,38 @@ from pathlib import Path
 
 import pytest
 import torch
+import trees
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-import trees
-from otseg.checkpoints import read_file, write_file
-from otseg.clip import load_clip
-from otseg.data import Unreadable, load_benchmark
-from otseg.folders import Part, check, pairs, read_description, read_ids, read_image
+from otseg.benchmarks import load_benchmark
+from otseg.checkpoints import read_tensors, write_tensors
+from otseg.clip import load_clip, read_checkpoint
+from otseg.folders import Part, check, pairs, read_description
+from otseg.images import Unreadable, read_ids, read_image
 from otseg.official import official_report, read_official
+from otseg.predict import load
 from otseg.recipes import resolve
-from otseg.training import fit, load, read_checkpoint
+from otseg.training import fit
 
 few = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-SMALL = dict(clip="digits_clip", image_size=32, stride=32, short_side=32, long_side=64, test_short=32, max_iters=2, batch=2, warmup=1, val_every=9, val_images=1, prompts=2, templates=2, depth=2)
+SMALL = dict(
+    clip="digits_clip",
+    image_size=32,
+    stride=32,
+    train_short_side=32,
+    train_long_side=64,
+    test_short_side=32,
+    max_iters=2,
+    batch=2,
+    warmup_iters=1,
+    val_interval=9,
+    val_images=1,
+    visual_prompts=2,
+    templates=2,
+    depth=2,
+)
 
 
 class Bomb:
@@ -41,11 +59,15 @@ class Bomb:
 # pickles
 
 
-@pytest.mark.parametrize("write", [
-    lambda content, path: torch.save(content, path),
-    lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
-    lambda content, path: path.write_bytes(pickle.dumps(content)),
-], ids=["zip", "old", "plain"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda content, path: torch.save(content, path),
+        lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda content, path: path.write_bytes(pickle.dumps(content)),
+    ],
+    ids=["zip", "old", "plain"],
+)
 @pytest.mark.parametrize("place", ["state_dict", "meta", "optimizer"])
 def test_no_pickle_is_run(tmp_path, write, place):
     "By whatever reader, wherever in the file it is."
@@ -53,12 +75,20 @@ def test_no_pickle_is_run(tmp_path, write, place):
     content = {"state_dict": {"backbone.proj": torch.ones(2, 2)}, "meta": {}, "optimizer": {}}
     content[place]["x"] = Bomb(trap)
     write(content, tmp_path / "a.pth")
-    readers = [read_file, read_checkpoint, load, read_official, official_report, lambda path: load(path, trained=resolve("voc")), lambda path: load_clip(pretrained=path)]
+    readers = [
+        read_tensors,
+        read_checkpoint,
+        load,
+        read_official,
+        official_report,
+        lambda path: load(path, trained=resolve("voc")),
+        lambda path: load_clip(pretrained=path),
+    ]
     for read in readers:
         with pytest.raises(ValueError, match="a.pth"):
             read(tmp_path / "a.pth")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.pth").read_bytes())
-    for read in (read_file, read_checkpoint, load):
+    for read in (read_tensors, read_checkpoint, load):
         with pytest.raises(ValueError, match="b.safetensors is not a checkpoint"):
             read(tmp_path / "b.safetensors")
     assert not trap.exists()
@@ -77,30 +107,39 @@ def trained(tmp_path_factory):
 
 
 def altered(path, out, change):
-    state, about = read_file(path)
+    state, about = read_tensors(path)
     change(state, about)
-    write_file(out, state, about)
+    write_tensors(out, state, about)
     return out
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda s, a: s.pop("descriptor.proj.bias"), "descriptor.proj.bias is missing there"),
-    (lambda s, a: s.update(extra=torch.ones(3)), "extra is .3,. there but unknown here"),
-    (lambda s, a: s.update({"descriptor.proj.bias": torch.ones(7)}), "descriptor.proj.bias is .7,. there but .128,. here"),
-    (lambda s, a: a.pop("classes"), "its header lacks"),
-    (lambda s, a: a.update(recipe=[1]), "its header lacks"),
-    (lambda s, a: a["recipe"].update(lr="fast"), "lr = 'fast' is a str"),
-    (lambda s, a: a["recipe"].update(colour="red"), "no field 'colour'"),
-    (lambda s, a: a["recipe"].update(depth=10**9), "depth"),
-    (lambda s, a: a["recipe"].pop("dataset"), "does not know"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda s, a: s.pop("descriptor.proj.bias"), "descriptor.proj.bias is missing there"),
+        (lambda s, a: s.update(extra=torch.ones(3)), "extra is .3,. there but unknown here"),
+        (
+            lambda s, a: s.update({"descriptor.proj.bias": torch.ones(7)}),
+            "descriptor.proj.bias is .7,. there but .128,. here",
+        ),
+        (lambda s, a: a.pop("classes"), "its header lacks"),
+        (lambda s, a: a.update(recipe=[1]), "its header lacks"),
+        (lambda s, a: a["recipe"].update(lr="fast"), "lr = 'fast' is a str"),
+        (lambda s, a: a["recipe"].update(colour="red"), "no field 'colour'"),
+        (lambda s, a: a["recipe"].update(depth=10**9), "depth"),
+        (lambda s, a: a["recipe"].pop("dataset"), "does not know"),
+    ],
+)
 def test_headers_and_tensors_that_do_not_fit(trained, tmp_path, change, says):
     path = altered(trained[0], tmp_path / "a.safetensors", change)
     with pytest.raises(ValueError, match=says):
         load(path)
 
 
-@pytest.mark.parametrize("name, value", [("attention", "softmax"), ("image_size", 48), ("eps", 0.1), ("depth", 3), ("prompts", 3), ("templates", 3)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("attention", "softmax"), ("image_size", 48), ("eps", 0.1), ("depth", 3), ("prompts", 3), ("templates", 3)],
+)
 def test_another_model_as_the_start(trained, tmp_path, name, value):
     "Also where the shapes agree."
     recipe = resolve("folder", "transductive", **SMALL | {name: value})
@@ -111,7 +150,14 @@ def test_another_model_as_the_start(trained, tmp_path, name, value):
 def test_another_class_list_as_the_start(trained, tmp_path):
     trees.write_folder(tmp_path, classes=["wall", "cup", "fork"], unseen=["fork"])
     with pytest.raises(ValueError, match="number 2, is 'spoon' there and 'fork' here"):
-        fit(resolve("folder", "transductive", **SMALL), tmp_path / "run", init=trained[0], root=tmp_path, workers=0, progress=False)
+        fit(
+            resolve("folder", "transductive", **SMALL),
+            tmp_path / "run",
+            init=trained[0],
+            root=tmp_path,
+            workers=0,
+            progress=False,
+        )
 
 
 # images
@@ -119,7 +165,12 @@ def test_another_class_list_as_the_start(trained, tmp_path):
 
 def png_that_claims(width, height):
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(10_001, 10_001), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2**30)])
@@ -132,7 +183,12 @@ def test_decompression_bombs(tmp_path, size):
 
 
 @few
-@given(content=st.binary(max_size=300), head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"BM", b"II*\0"]))
+@given(
+    content=st.binary(max_size=300),
+    head=st.sampled_from(
+        [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"BM", b"II*\0"]
+    ),
+)
 def test_any_bytes_as_an_image(tmp_path_factory, content, head):
     path = tmp_path_factory.mktemp("image") / "a.png"
     path.write_bytes(head + content)
@@ -165,7 +221,10 @@ def test_a_spoilt_image(tmp_path_factory, data):
 
 
 @few
-@given(text=st.text(max_size=60) | st.lists(st.sampled_from(["..", ".", "/", "a", "../../x", "\\", "~", "\0"]), max_size=6).map("".join))
+@given(
+    text=st.text(max_size=60)
+    | st.lists(st.sampled_from(["..", ".", "/", "a", "../../x", "\\", "~", "\0"]), max_size=6).map("".join)
+)
 def test_any_list_of_names(tmp_path_factory, text):
     "Every file that a list leads to lies in the dataset."
     root = tmp_path_factory.mktemp("voc").resolve()
@@ -187,17 +246,24 @@ def test_links_out_of_the_folder(tmp_path, kind):
     victim.rename(secret)
     victim.symlink_to(secret)
     with pytest.raises(ValueError, match="is a link to .*secret.png, outside of"):
-        load_benchmark("folder", root=tmp_path / "mine").images("val")
+        load_benchmark(BenchmarkSource("folder", root=tmp_path / "mine")).images("val")
     assert any("outside of" in line for line in check("folder", tmp_path / "mine")[1])
 
 
 def test_a_linked_folder_as_a_whole_is_fine(tmp_path):
     trees.write_folder(tmp_path / "disk")
     (tmp_path / "mine").symlink_to(tmp_path / "disk")
-    assert len(load_benchmark("folder", root=tmp_path / "mine").images("val")) == 4
+    assert len(load_benchmark(BenchmarkSource("folder", root=tmp_path / "mine")).images("val")) == 4
 
 
-nested = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["classes", "unseen", "background", "x"]), x, max_size=4), max_leaves=8)
+nested = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: (
+        st.lists(x, max_size=4)
+        | st.dictionaries(st.sampled_from(["classes", "unseen", "background", "x"]), x, max_size=4)
+    ),
+    max_leaves=8,
+)
 
 
 @few
@@ -211,7 +277,11 @@ def test_any_description(tmp_path_factory, content):
     except ValueError as e:
         assert "dataset.json" in str(e)
     else:
-        assert about["classes"] and all(isinstance(name, str) for name in about["classes"]) and set(about["unseen"]) <= set(about["classes"])
+        assert (
+            about["classes"]
+            and all(isinstance(name, str) for name in about["classes"])
+            and set(about["unseen"]) <= set(about["classes"])
+        )
 
 
 # fuzz of the readers of checkpoints
@@ -223,7 +293,13 @@ def good_files():
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as f:
         f.writestr("a/data.pkl", pickle.dumps({"x": 1}))
-    return [save({"w": torch.ones(3)}, {"otseg": "{}", "seal": "0"}), buffer.getvalue(), archive.getvalue(), pickle.dumps({"state_dict": {}}), b""]
+    return [
+        save({"w": torch.ones(3)}, {"otseg": "{}", "seal": "0"}),
+        buffer.getvalue(),
+        archive.getvalue(),
+        pickle.dumps({"state_dict": {}}),
+        b"",
+    ]
 
 
 @few
@@ -237,7 +313,7 @@ def test_spoilt_checkpoints(tmp_path_factory, data):
     for name in ("a.safetensors", "a.pth"):
         path = tmp_path_factory.mktemp("fuzz") / name
         path.write_bytes(content)
-        for read in (read_file, read_checkpoint, official_report):
+        for read in (read_tensors, read_checkpoint, official_report):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:

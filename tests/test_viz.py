@@ -1,4 +1,5 @@
 """`otseg.viz` on small synthetic inputs: what is drawn, what is refused, and that nothing else changes."""
+
 from io import BytesIO
 
 import matplotlib.pyplot as plt
@@ -13,7 +14,9 @@ from otseg import viz
 
 NAMES = ["road", "sky", "cat", "dog"]
 g = torch.Generator().manual_seed(0)
-IMAGE = torch.stack(torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(1, 0, 32), indexing="ij") + (torch.full((24, 32), 0.5),))
+IMAGE = torch.stack(
+    torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(1, 0, 32), indexing="ij") + (torch.full((24, 32), 0.5),)
+)
 MASK = torch.randint(4, (24, 32), generator=g)
 MASK[:4] = 255
 
@@ -38,9 +41,12 @@ def log():
 
 def every_figure():
     T = torch.full((2, 12, 3), 1 / 36)
-    return [viz.overlay(IMAGE, MASK, NAMES, [2, 3]),
-            viz.show_predictions([IMAGE] * 2, [MASK] * 2, {"mps": [MASK] * 2}, NAMES, [2, 3]),
-            viz.plan_maps(T, 3, 4, names=["cat", "dog"], image=IMAGE), viz.curves(log())]
+    return [
+        viz.overlay(IMAGE, MASK, NAMES, [2, 3]),
+        viz.show_predictions([IMAGE] * 2, [MASK] * 2, {"mps": [MASK] * 2}, NAMES, [2, 3]),
+        viz.plan_maps(T, 3, 4, names=["cat", "dog"], image=IMAGE),
+        viz.curves(log()),
+    ]
 
 
 def test_functions_return_figures_and_open_none():
@@ -60,7 +66,11 @@ def test_arguments_and_settings_stay_as_they_are():
 def test_types_of_images_and_masks_draw_the_same():
     byte = (IMAGE * 255).to(torch.uint8)
     reference = pixels(viz.overlay(byte, MASK, NAMES))
-    for image, mask in ((byte / 255, MASK.to(torch.uint8)), (byte.numpy(), MASK.numpy()), ((byte / 255).requires_grad_(), MASK)):
+    for image, mask in (
+        (byte / 255, MASK.to(torch.uint8)),
+        (byte.numpy(), MASK.numpy()),
+        ((byte / 255).requires_grad_(), MASK),
+    ):
         assert np.abs(pixels(viz.overlay(image, mask, NAMES)) - reference).max() <= 1  # of 255: rounding
 
 
@@ -98,7 +108,7 @@ def test_images_of_different_sizes():
 
 
 def test_plan_maps_are_relative_to_the_uniform_plan():
-    fig = viz.plan_maps(torch.full((12, 2), 1 / 24, requires_grad=True), 3, 4, prompts=["a photo", "a part"])
+    fig = viz.plan_maps(torch.full((12, 2), 1 / 24, requires_grad=True), 3, 4, visual_prompts=["a photo", "a part"])
     first, second, _ = fig.axes
     assert np.allclose(first.images[0].get_array(), 1) and first.images[0].get_array().shape == (3, 4)
     assert (first.get_title(), second.get_title()) == ("a photo", "a part")
@@ -120,7 +130,10 @@ def test_curves_panels():
 def test_palette():
     assert viz.palette(16).shape == (16, 3) and len(np.unique(viz.palette(20), axis=0)) == 20
     given = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]])
-    assert (pixels(viz.overlay(IMAGE, MASK, NAMES, palette=given)) == pixels(viz.overlay(IMAGE, MASK, NAMES, palette=given / 255))).all()
+    assert (
+        pixels(viz.overlay(IMAGE, MASK, NAMES, palette=given))
+        == pixels(viz.overlay(IMAGE, MASK, NAMES, palette=given / 255))
+    ).all()
 
 
 def test_picture_is_small_and_faithful(tmp_path):
@@ -132,20 +145,23 @@ def test_picture_is_small_and_faithful(tmp_path):
     assert np.abs(np.asarray(image.convert("RGB"), float) - pixels(fig)).mean() < 3  # of 255
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: viz.palette(21), ["21", "20"]),
-    (lambda: viz.overlay(IMAGE[0], MASK, NAMES), ["(24, 32)", "(3, H, W)"]),
-    (lambda: viz.overlay(IMAGE * 4 - 2, MASK, NAMES), ["-2.00", "normalisation"]),
-    (lambda: viz.overlay(IMAGE, MASK[1:], NAMES), ["(24, 32)", "(23, 32)"]),
-    (lambda: viz.overlay(IMAGE, MASK, NAMES[:3]), ["3", "3 names"]),
-    (lambda: viz.overlay(IMAGE, MASK, NAMES, palette=[[0, 0, 0]]), ["(1, 3)", "4 names"]),
-    (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK, MASK]}, NAMES), ["1 images", "2 masks of mps"]),
-    (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK[1:]]}, NAMES), ["mps", "(23, 32)", "(24, 32)"]),
-    (lambda: viz.plan_maps(torch.ones(12, 2), 3, 5), ["(1, 12, 2)", "3 x 5"]),
-    (lambda: viz.plan_maps(torch.ones(12, 2), 3, 4, prompts=["a"]), ["2 prompts", "1 prompt"]),
-    (lambda: viz.curves(pd.DataFrame({"step": [1]})), ["step", "iteration"]),
-    (lambda: viz.metrics_table({"method": "OTSeg", "value": 1}), ["commit", "published_table"]),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: viz.palette(21), ["21", "20"]),
+        (lambda: viz.overlay(IMAGE[0], MASK, NAMES), ["(24, 32)", "(3, H, W)"]),
+        (lambda: viz.overlay(IMAGE * 4 - 2, MASK, NAMES), ["-2.00", "normalisation"]),
+        (lambda: viz.overlay(IMAGE, MASK[1:], NAMES), ["(24, 32)", "(23, 32)"]),
+        (lambda: viz.overlay(IMAGE, MASK, NAMES[:3]), ["3", "3 names"]),
+        (lambda: viz.overlay(IMAGE, MASK, NAMES, palette=[[0, 0, 0]]), ["(1, 3)", "4 names"]),
+        (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK, MASK]}, NAMES), ["1 images", "2 masks of mps"]),
+        (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK[1:]]}, NAMES), ["mps", "(23, 32)", "(24, 32)"]),
+        (lambda: viz.plan_maps(torch.ones(12, 2), 3, 5), ["(1, 12, 2)", "3 x 5"]),
+        (lambda: viz.plan_maps(torch.ones(12, 2), 3, 4, visual_prompts=["a"]), ["2 prompts", "1 prompt"]),
+        (lambda: viz.curves(pd.DataFrame({"step": [1]})), ["step", "iteration"]),
+        (lambda: viz.metrics_table({"method": "OTSeg", "value": 1}), ["commit", "published_table"]),
+    ],
+)
 def test_refusals_name_both_values(call, words):
     with pytest.raises(ValueError) as e:
         call()
@@ -154,7 +170,15 @@ def test_refusals_name_both_values(call, words):
 
 def record(seed=0, unseen=0.25):
     scores = dict(pacc=0.9, miou_seen=0.5, miou_unseen=unseen, hiou=None if unseen is None else 1 / 3, iou={"cat": 0.1})
-    return dict(dataset="digits", split=0, setting="inductive", method="otseg", seed=seed, commit="abc", metrics={"mps": scores, "ensemble": scores})
+    return dict(
+        dataset="digits",
+        split=0,
+        setting="inductive",
+        method="otseg",
+        seed=seed,
+        commit="abc",
+        metrics={"mps": scores, "ensemble": scores},
+    )
 
 
 def test_metrics_table_is_in_percent():
@@ -168,11 +192,19 @@ def test_metrics_table_is_in_percent():
 
 def test_published_table_keeps_sources():
     columns = ["table", "method", "dataset", "setting", "metric", "value", "source", "note"]
-    rows = [("t", "A", "voc", "inductive", "hiou", 80.5, "paper", ""), ("t", "A", "voc", "inductive", "pacc", 90.0, "readme", ""),
-            ("t", "A", "coco", "inductive", "hiou", 40.0, "paper", ""), ("e", "A", "voc", "inductive", "fps", 9.0, "readme", "")]
+    rows = [
+        ("t", "A", "voc", "inductive", "hiou", 80.5, "paper", ""),
+        ("t", "A", "voc", "inductive", "pacc", 90.0, "readme", ""),
+        ("t", "A", "coco", "inductive", "hiou", 40.0, "paper", ""),
+        ("e", "A", "voc", "inductive", "fps", 9.0, "readme", ""),
+    ]
     published = pd.DataFrame(rows, columns=columns)
     table = viz.published_table(published, "voc")
-    assert list(table) == ["pAcc", "S", "U", "hIoU", "source"] and len(table) == 1 and len(viz.published_table(published)) == 2
+    assert (
+        list(table) == ["pAcc", "S", "U", "hIoU", "source"]
+        and len(table) == 1
+        and len(viz.published_table(published)) == 2
+    )
     assert table.hIoU.item() == 80.5 and np.isnan(table.S.item()) and table.source.item() == "paper; readme"
 
 

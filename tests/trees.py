@@ -1,4 +1,5 @@
 """Miniature datasets, each in its exact layout on disk, with the odd files that real ones have."""
+
 import json
 from pathlib import Path
 
@@ -38,25 +39,47 @@ def pascal(root, lists, labels, ids):
 
 def write_voc(root: Path):
     lists = {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "trainaug", "val")}
-    pascal(root / "VOCdevkit/VOC2012", lists, ("SegmentationClass", "SegmentationClassAug", "SegmentationClass"), (0, 1, 2, 16, 20))
+    pascal(
+        root / "VOCdevkit/VOC2012",
+        lists,
+        ("SegmentationClass", "SegmentationClassAug", "SegmentationClass"),
+        (0, 1, 2, 16, 20),
+    )
 
 
 def write_context(root: Path):
-    pascal(root / "VOCdevkit/VOC2010", {"train": "train.txt", "val": "val.txt"}, ("SegmentationClassContext",) * 2, (0, 1, 5, 20, 59))
+    pascal(
+        root / "VOCdevkit/VOC2010",
+        {"train": "train.txt", "val": "val.txt"},
+        ("SegmentationClassContext",) * 2,
+        (0, 1, 5, 20, 59),
+    )
 
 
 def write_coco(root: Path, ids=(0, 7, 19, 170)):
     for j, split in enumerate(("train2017", "val2017")):
         for i in range(4):
             name, base = f"{1000 * j + i:012d}", root / "coco_stuff164k"
-            write_pair(10 * j + i, base / f"{split}/{name}.jpg", base / f"annotations/{split}/{name}_labelTrainIds.png", ids, ignored=i == 3)
+            write_pair(
+                10 * j + i,
+                base / f"{split}/{name}.jpg",
+                base / f"annotations/{split}/{name}_labelTrainIds.png",
+                ids,
+                ignored=i == 3,
+            )
 
 
 def write_ade(root: Path, ids=(0, 1, 2, 3, 150), n=4):
     for j, split in enumerate(("training", "validation")):
         for i in range(n):
             name, base = f"ADE_{j}_{i:08d}", root / "ade/ADEChallengeData2016"
-            write_pair(10 * j + i, base / f"images/{split}/{name}.jpg", base / f"annotations/{split}/{name}.png", ids, ignored=i == 3)
+            write_pair(
+                10 * j + i,
+                base / f"images/{split}/{name}.jpg",
+                base / f"annotations/{split}/{name}.png",
+                ids,
+                ignored=i == 3,
+            )
 
 
 def write_folder(root: Path, ids=(0, 1, 2), size=None, n=4, **about):
@@ -64,8 +87,15 @@ def write_folder(root: Path, ids=(0, 1, 2), size=None, n=4, **about):
     for j, split in enumerate(("train", "val")):
         for i in range(n):
             ending = ("jpg", "png", "JPG", "png")[i % 4] if i != 2 else "jpg"
-            write_pair(10 * j + i, root / f"images/{split}/photo {i}.{ending}" if MODES[i % 4] != "CMYK" else root / f"images/{split}/photo {i}.jpg",
-                       root / f"labels/{split}/photo {i}.png", ids, size=size)
+            write_pair(
+                10 * j + i,
+                root / f"images/{split}/photo {i}.{ending}"
+                if MODES[i % 4] != "CMYK"
+                else root / f"images/{split}/photo {i}.jpg",
+                root / f"labels/{split}/photo {i}.png",
+                ids,
+                size=size,
+            )
     (root / "dataset.json").write_text(json.dumps(about))
 
 
