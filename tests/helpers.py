@@ -7,6 +7,7 @@ from otseg.clip import visual_tower
 from otseg.data import Benchmark
 from otseg.evaluation import validate
 from otseg.images import normalize
+from otseg.inference import PATH_WEIGHTS
 from otseg.model import OTSeg
 from otseg.recipes import resolve
 
@@ -33,7 +34,7 @@ def small_model(kind=OTSeg, **options):
     "The same weights at each call, in eval mode."
     torch.manual_seed(0)
     visual = visual_tower(width=32, layers=3, heads=2, patch=PATCH, image_size=SIDE, dim=D)
-    options = {"text": random_text(), "image_size": SIDE} | ({"prompts": 4} if kind is OTSeg else {}) | options
+    options = {"text": random_text(), "image_size": SIDE} | ({"visual_prompts": 4} if kind is OTSeg else {}) | options
     return kind(visual, **options).eval()
 
 
