@@ -1,5 +1,6 @@
 """The repository's own rules: what is generated is in sync, what is committed is clean, what is declared is true."""
 
+import ast
 import configparser
 import json
 import os
@@ -81,6 +82,52 @@ def test_links_of_the_index_work_from_the_root():
         == "[a](nbs/00_ot.ipynb) ![b](results/b.png) [c](https://x.org/y) [d](#e)"
     )
     assert from_root('<img src="../results/b.png" width="9">') == '<img src="results/b.png" width="9">'
+
+
+# structure
+
+
+def imports_of(module):
+    """Modules of the package that a module imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module == "otseg":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("otseg."):
+            found.add(node.module.removeprefix("otseg."))
+        elif isinstance(node, ast.Import):
+            found |= {name.name.removeprefix("otseg.") for name in node.names if name.name.startswith("otseg.")}
+    return found
+
+
+NUMBERED = {p.stem[3:]: p.stem[:2] for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
+
+
+def test_no_number_is_used_twice():
+    assert len(set(NUMBERED.values())) == len(NUMBERED)
+
+
+@pytest.mark.parametrize("module", sorted(NUMBERED))
+def test_module_imports_only_earlier_notebooks(module):
+    """No import circle is possible then. The one exception: `ot` calls the GPU kernels, which are read last."""
+    later = {name for name in imports_of(ROOT / f"otseg/{module}.py") if NUMBERED.get(name, "") > NUMBERED[module]}
+    assert later == ({"kernel"} if module == "ot" else set())
+    if module == "kernel":
+        assert not imports_of(ROOT / "otseg/kernel.py")
+
+
+@pytest.mark.parametrize("module", sorted(NUMBERED))
+def test_module_is_short_and_says_its_job(module):
+    text = (ROOT / f"otseg/{module}.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 420
+
+
+def test_the_index_lists_every_notebook():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [p.stem for p in NOTEBOOKS if p.stem != "index" and f"{p.relative_to(ROOT)})" not in text]
 
 
 # notebooks
