@@ -1,6 +1,6 @@
 # make demo     train and evaluate on the embedded benchmark      make test     run all notebooks and tests
 # make lint     check style and formatting                         make export   write otseg/*.py from the notebooks
-# make readme   write README.md from nbs/index.ipynb               make jupyter  test the notebooks in JupyterLab with Chromium
+# make gpu      verify and measure a GPU                           make readme   write README.md from nbs/index.ipynb               make jupyter  test the notebooks in JupyterLab with Chromium
 # Every target installs the environment first. PYTHON is the interpreter (3.10 or newer), VENV the folder of the environment,
 # THREADS the threads of the demo (its model is small: one is fastest), JOBS the number of tests that run at a time.
 PYTHON ?= python3
@@ -10,7 +10,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 installed := $(VENV)/installed
 
-.PHONY: demo test lint jupyter readme export clean
+.PHONY: demo test gpu lint jupyter readme export clean
 
 # The terminal shows what the notebook prints while it runs.
 demo: $(installed)
@@ -24,6 +24,11 @@ demo: $(installed)
 test: $(installed)
 	TRITON_INTERPRET=1 $(bin)/nbdev_test --file_re '^(\d\d_|index)'
 	$(bin)/python -m pytest -n $(JOBS) --dist loadfile tests
+
+# GPU: verifies and measures it in 6 minutes; DEVICE=cpu tries everything with tiny sizes; WHEELS=FOLDER installs from there.
+# It needs no installation by this file: PYTHON runs it where there is no VENV.
+gpu:
+	$(if $(wildcard $(bin)/python),$(bin)/python,$(PYTHON)) scripts/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(WHEELS),--wheels $(WHEELS))
 
 lint: $(installed)
 	$(bin)/ruff check nbs scripts tests
