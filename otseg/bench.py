@@ -39,11 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg, write_png
 
 from .clip import visual_tower
-from .encoder import ImageEncoder
 from .data import TrainCrops
+from .encoder import ImageEncoder
 from .folders import Files
-from .inference import predict_paths, predict_probs
 from .images import IGNORE
+from .inference import predict_paths, predict_probs
 from .losses import mask_loss, training_loss
 from .model import Masks, OTSeg
 from .mps import cosine, plan_score
@@ -95,12 +95,13 @@ class PlainEncoder(ImageEncoder):
 
     def forward(self, image: Tensor):
         x, grid = self.embed(image)
-        p = self.prompts
+        p = self.visual_prompts
         for i, block in enumerate(self.visual.transformer.resblocks):
-            x = block(torch.cat([x[:, :1], self.prompt(x, i), x[:, 1 + (p if i else 0) :]], 1))
+            x = block(torch.cat([x[:, :1], self.block_prompts(x, i), x[:, 1 + (p if i else 0) :]], 1))
         x = self.prompt_norm(torch.cat([x[:, :1], x[:, 1 + p :]], 1))
         x = F.normalize(self.visual.ln_post(x) @ self.visual.proj, dim=-1)
         return x[:, 1:], x[:, 0], grid
+
 
 class PlainOTSeg(OTSeg):
     "OTSeg with unrolled transport."
@@ -111,6 +112,7 @@ class PlainOTSeg(OTSeg):
         mps = plan_score(S, plain_plan(1 - S, self.eps))
         return Masks(mps.unflatten(-1, grid), self.decoder(q, x).unflatten(-1, grid))
 
+
 def plain_model(model: OTSeg) -> PlainOTSeg:
     "The plain version of a model, with copies of its weights."
     model = copy.deepcopy(model)
@@ -120,10 +122,14 @@ def plain_model(model: OTSeg) -> PlainOTSeg:
             module.plan = plain_plan
     return model
 
+
 def plain_training_loss(masks: Masks, label: Tensor) -> dict[str, Tensor]:
     "100 focal + dice of both paths, at full resolution."
-    return {f"{path}_{name}": (100 if name == "focal" else 1) * value
-            for path, logits in masks._asdict().items() for name, value in plain_mask_loss(logits, label).items()}
+    return {
+        f"{path}_{name}": (100 if name == "focal" else 1) * value
+        for path, logits in masks._asdict().items()
+        for name, value in plain_mask_loss(logits, label).items()
+    }
 
 # %% ../nbs/40_bench.ipynb #ddb18b11
 def blocks_of_labels(
@@ -136,6 +142,7 @@ def blocks_of_labels(
     at = torch.linspace(0, present - 1e-3, side).long()
     return (at * (k // present or 1)).clamp_max(k - 1).expand(b, side, side).contiguous()
 
+
 def random_model(
     k: int,  # classes
     n: int,  # prompts per class
@@ -147,7 +154,13 @@ def random_model(
     torch.manual_seed(0)
     width, layers, heads, d = (768, 12, 12, 512) if tower == "ViT-B/16" else (32, 2, 2, 16)
     text = F.normalize(torch.randn(k, n, d), dim=-1)
-    return OTSeg(visual_tower(width, layers, heads, 16, 224, d), text, side, tokens, init_from_clip=True)
+    return OTSeg(
+        visual_tower(width=width, layers=layers, heads=heads, patch=16, image_size=224, dim=d),
+        text,
+        image_size=side,
+        visual_prompts=tokens,
+        init_from_clip=True,
+    )
 
 # %% ../nbs/40_bench.ipynb #4e5dd9fb
 def flops(
@@ -158,7 +171,10 @@ def flops(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image)
     counts, name = counter.get_flop_counts(), type(model).__name__
-    return {part: sum(counts[module].values()) for part, module in (("all", name), ("encoder", f"{name}.encoder"), ("decoder", f"{name}.decoder"))}
+    return {
+        part: sum(counts[module].values())
+        for part, module in (("all", name), ("encoder", f"{name}.encoder"), ("decoder", f"{name}.decoder"))
+    }
 
 # %% ../nbs/40_bench.ipynb #ddc05371
 def ott_plans(C, weight) -> Callable:
@@ -168,7 +184,11 @@ def ott_plans(C, weight) -> Callable:
     from ott.problems.linear.linear_problem import LinearProblem
     from ott.solvers.linear.sinkhorn import Sinkhorn
 
-    plan = lambda C: Sinkhorn(threshold=1e-6, implicit_diff=None, max_iterations=100)(LinearProblem(Geometry(C, epsilon=0.05, scale_cost=1.0))).matrix
+    plan = lambda C: (
+        Sinkhorn(threshold=1e-6, implicit_diff=None, max_iterations=100)(
+            LinearProblem(Geometry(C, epsilon=0.05, scale_cost=1.0))
+        ).matrix
+    )
 
     def total(C):
         T = jax.vmap(plan)(C)
@@ -180,9 +200,13 @@ def ott_plans(C, weight) -> Callable:
         (_, T), grad = compiled(C)
         grad.block_until_ready()
         return torch.from_numpy(jax.device_get(T).copy())
+
     return run
 
-def transport_task(method: str, device: str, p: int, m: int, n: int, backward: bool = True) -> tuple[Callable, Callable]:
+
+def transport_task(
+    method: str, device: str, p: int, m: int, n: int, backward: bool = True
+) -> tuple[Callable, Callable]:
     "Plans of p problems of m x n and their gradient; the number is the largest error of a marginal."
     torch.manual_seed(0)
     C = (1 - torch.tanh(0.3 * torch.randn(p, m, 1) + 0.6 * torch.randn(p, m, n))).to(device)
@@ -205,7 +229,9 @@ def transport_task(method: str, device: str, p: int, m: int, n: int, backward: b
         otseg.ot.kernel_fits = lambda *_: False
         solve = sinkhorn
     else:
-        solve = {"ours": sinkhorn, "plain": plain_plan, "copy": torch.clone}[method]  # a copy: what reading C and writing T costs
+        solve = {"ours": sinkhorn, "plain": plain_plan, "copy": torch.clone}[
+            method
+        ]  # a copy: what reading C and writing T costs
 
     def run():
         cost = C.clone().requires_grad_(backward)
@@ -213,6 +239,7 @@ def transport_task(method: str, device: str, p: int, m: int, n: int, backward: b
         if backward:
             (T * weight).sum().backward()
         return T.detach()
+
     return run, lambda T: max((T.sum(-1) - 1 / m).abs().max().item(), (T.sum(-2) - 1 / n).abs().max().item())
 
 # %% ../nbs/40_bench.ipynb #a78c241f
@@ -228,20 +255,37 @@ def loss_task(method: str, device: str, b: int, k: int, grid: int, side: int) ->
         total = 100 * loss["focal"] + loss["dice"]
         total.backward()
         return total.detach()
+
     return run, Tensor.item
+
 
 def autocast(device: str, dtype: str):
     "Context of a precision, 'float32' or 'bf16'."
     return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else nullcontext()
 
 # %% ../nbs/40_bench.ipynb #9d954ce9
-def step_task(method: str, device: str, b: int, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32", compiled: bool = False) -> tuple[Callable, Callable]:
+def step_task(
+    method: str,
+    device: str,
+    b: int,
+    k: int,
+    n: int,
+    tokens: int,
+    side: int,
+    tower: str = "ViT-B/16",
+    dtype: str = "float32",
+    compiled: bool = False,
+) -> tuple[Callable, Callable]:
     "Forward, losses, backward and AdamW; the number is the loss."
     model = random_model(k, n, tokens, side, tower)
     model = (plain_model(model) if method == "plain" else model).to(device).train()
     image, label = torch.randn(b, 3, side, side).to(device), blocks_of_labels(b, side, k)
     optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.0)
-    losses = plain_training_loss if method == "plain" else partial(training_loss, max_present=sum(len(one.unique()) for one in label))
+    losses = (
+        plain_training_loss
+        if method == "plain"
+        else partial(training_loss, max_present=sum(len(one.unique()) for one in label))
+    )
     net, label = torch.compile(model, dynamic=False) if compiled else model, label.to(device)
 
     def run():
@@ -253,7 +297,9 @@ def step_task(method: str, device: str, b: int, k: int, n: int, tokens: int, sid
             optimiser.step()
             optimiser.zero_grad()
         return total.detach()
+
     return run, Tensor.item
+
 
 def loading_task(method: str, device: str, images: int, size: tuple[int, int], side: int) -> tuple[Callable, Callable]:
     "COCO-Stuff's training crops of images of `size`, read by one process from JPEG and PNG files; the number is the crops' count."
@@ -264,10 +310,15 @@ def loading_task(method: str, device: str, images: int, size: tuple[int, int], s
             coarse = torch.randint(highest, (1, channels, 15, 20), generator=made).float()
             full = F.interpolate(coarse, size=size, mode=mode)[0].clamp(0, 255).byte()
             write_png(full, str(path)) if channels == 1 else write_jpeg(full, str(path), quality=90)
-    crops = TrainCrops(Files(files, torch.arange(256)), resolve("coco", image_size=side, train_short_side=min(size)), torch.arange(256))
+    crops = TrainCrops(
+        Files(files, torch.arange(256)), resolve("coco", image_size=side, train_short_side=min(size)), torch.arange(256)
+    )
     return lambda: (folder, [crops[0, i] for i in range(images)]), lambda found: len(found[1])
 
-def window_task(method: str, device: str, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
+
+def window_task(
+    method: str, device: str, k: int, n: int, tokens: int, side: int, tower: str = "ViT-B/16", dtype: str = "float32"
+) -> tuple[Callable, Callable]:
     "Probabilities of one window; the number is their mean."
     model = random_model(k, n, tokens, side, tower)
     model = (plain_model(model) if method == "plain" else model).to(device).eval()
@@ -276,10 +327,21 @@ def window_task(method: str, device: str, k: int, n: int, tokens: int, side: int
     def run():
         with autocast(device, dtype):
             return predict_probs(model, image)
+
     return run, lambda prob: prob.mean().item()
 
 # %% ../nbs/40_bench.ipynb #7e04bdd6
-def photo_task(method: str, device: str, k: int, n: int, tokens: int, side: int, size: tuple[int, int], tower: str = "ViT-B/16", dtype: str = "float32") -> tuple[Callable, Callable]:
+def photo_task(
+    method: str,
+    device: str,
+    k: int,
+    n: int,
+    tokens: int,
+    side: int,
+    size: tuple[int, int],
+    tower: str = "ViT-B/16",
+    dtype: str = "float32",
+) -> tuple[Callable, Callable]:
     "Labels of a photograph of `size`, read with its short side at `side`; the number is the share of the first class's pixels."
     model, scale = random_model(k, n, tokens, side, tower).to(device).eval(), side / min(size)
     image = torch.randn(1, 3, *(round(s * scale) for s in size)).to(device)
@@ -289,7 +351,9 @@ def photo_task(method: str, device: str, k: int, n: int, tokens: int, side: int,
             if method == "plain":
                 return predict_probs(model, image, range(k // 2), size=size).argmax(1)
             return predict_paths(model, image, ("ensemble",), range(k // 2), size=size)["ensemble"]
+
     return run, lambda pred: (pred == 0).float().mean().item()
+
 
 def agreement_task(method: str, device: str, images: int) -> tuple[Callable, Callable]:
     "Labels of the digits benchmark's validation images in bf16; the number is the share of pixels with the same label in float32."
@@ -306,9 +370,19 @@ def agreement_task(method: str, device: str, images: int) -> tuple[Callable, Cal
     def run():
         with autocast(device, "bf16"):
             return predict_paths(model, batch, ("ensemble",))["ensemble"]
+
     return run, lambda pred: (pred == exact).float().mean().item()
 
-TASKS = {"transport": transport_task, "mask loss": loss_task, "step": step_task, "window": window_task, "photo": photo_task, "agreement": agreement_task, "loading": loading_task}
+
+TASKS = {
+    "transport": transport_task,
+    "mask loss": loss_task,
+    "step": step_task,
+    "window": window_task,
+    "photo": photo_task,
+    "agreement": agreement_task,
+    "loading": loading_task,
+}
 
 # %% ../nbs/40_bench.ipynb #8310eb09
 def memory(device: str, reset: bool = False) -> tuple[float, float]:
@@ -323,6 +397,7 @@ def memory(device: str, reset: bool = False) -> tuple[float, float]:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
 
+
 def tensor_peak(run: Callable, device: str) -> float:
     "The most that tensors hold at a time while `run` runs, above what they held before, MB."
     if device != "cpu":
@@ -335,10 +410,14 @@ def tensor_peak(run: Callable, device: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         account.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0)
+    changes = sorted(
+        (e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0
+    )
     return max(accumulate((size for _, size in changes), initial=0)) / 2**20
 
+
 TIME_BUDGET_S = 30  # seconds of repeats, after which two are enough
+
 
 def measure_here(task: str, method: str, device: str, repeats: int, **sizes) -> dict:
     "Seconds of each repeat, memory of tensors, of the process above its inputs, and in all (MB), and the task's number."
@@ -388,7 +467,12 @@ def measure(
     except Exception as e:  # out of memory, say: the other rows are worth having
         return row | {"note": f"not run: {type(e).__name__}: {e}"[:200]}
     seconds = found.pop("seconds")
-    return row | {"repeats": len(seconds), "median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)} | found | {"note": ""}
+    return (
+        row
+        | {"repeats": len(seconds), "median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+        | found
+        | {"note": ""}
+    )
 
 # %% ../nbs/40_bench.ipynb #18de11eb
 def compare_methods(
@@ -400,7 +484,10 @@ def compare_methods(
 ) -> list[dict]:  # rows, with `faster` and `smaller`: how many times, than the row of the method "plain"
     "Measure a task by several methods."
     methods = methods if isinstance(methods, dict) else dict.fromkeys(methods, {})
-    rows = [measure(task, **{"method": name, "device": device, "repeats": repeats} | sizes | extra) | {"method": name} for name, extra in methods.items()]
+    rows = [
+        measure(task, **{"method": name, "device": device, "repeats": repeats} | sizes | extra) | {"method": name}
+        for name, extra in methods.items()
+    ]
     base = next((row for row in rows if row["method"] == "plain" and "median" in row), None)
     for row in rows:
         if base and "median" in row:
@@ -409,12 +496,54 @@ def compare_methods(
                 row["smaller"] = base["tensors"] / max(row["tensors"], 1)
     return rows
 
+
 def table(rows: list[dict]) -> pd.DataFrame:
     "Rows to look at: milliseconds, megabytes and ratios."
-    shown = pd.DataFrame(rows).reindex(columns=["method", "median", "low", "high", "tensors", "peak", "total", "number", "faster", "smaller", "note"]).set_index("method")
+    shown = (
+        pd.DataFrame(rows)
+        .reindex(
+            columns=[
+                "method",
+                "median",
+                "low",
+                "high",
+                "tensors",
+                "peak",
+                "total",
+                "number",
+                "faster",
+                "smaller",
+                "note",
+            ]
+        )
+        .set_index("method")
+    )
     shown[["median", "low", "high"]] *= 1000
-    shown.columns = ["ms", "lowest", "highest", "tensors MB", "peak MB", "total MB", "number", "times faster", "times smaller", "note"]
-    return shown.round({"ms": 1, "lowest": 1, "highest": 1, "tensors MB": 0, "peak MB": 0, "total MB": 0, "times faster": 1, "times smaller": 1}).fillna("")
+    shown.columns = [
+        "ms",
+        "lowest",
+        "highest",
+        "tensors MB",
+        "peak MB",
+        "total MB",
+        "number",
+        "times faster",
+        "times smaller",
+        "note",
+    ]
+    return shown.round(
+        {
+            "ms": 1,
+            "lowest": 1,
+            "highest": 1,
+            "tensors MB": 0,
+            "peak MB": 0,
+            "total MB": 0,
+            "times faster": 1,
+            "times smaller": 1,
+        }
+    ).fillna("")
+
 
 def check_parameters(namespace: dict, before: set[str], more: tuple[str, ...] = ()):
     "Refuse unknown names and values in a benchmark notebook's parameters: papermill itself only warns. Raises ValueError."
@@ -423,8 +552,15 @@ def check_parameters(namespace: dict, before: set[str], more: tuple[str, ...] = 
     if wrong := sorted(new - set(known)):
         raise ValueError(f"unknown parameter {', '.join(wrong)}; this notebook takes {', '.join(known)}")
     device, sizes, repeats = (namespace[name] for name in known[:3])
-    if device not in ("cpu", "cuda") or device == "cuda" and namespace.get("measure", True) and not torch.cuda.is_available():
-        raise ValueError(f"device = {device!r} but this machine offers {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}")
+    if (
+        device not in ("cpu", "cuda")
+        or device == "cuda"
+        and namespace.get("measure", True)
+        and not torch.cuda.is_available()
+    ):
+        raise ValueError(
+            f"device = {device!r} but this machine offers {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"
+        )
     if sizes not in SIZES:
         raise ValueError(f"sizes = {sizes!r} is not one of {', '.join(SIZES)}")
     if type(repeats) is not int or repeats < 1:
@@ -435,19 +571,41 @@ def machine(device: str) -> dict:
     "What a measurement depends on beside the code."
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+        name = next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
     if device != "cpu":
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "bf16": not imitates_bf16() if device == "cpu" else torch.cuda.is_available() and torch.cuda.is_bf16_supported(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    return {
+        "device": device,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": not imitates_bf16()
+        if device == "cpu"
+        else torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
 
 # %% ../nbs/40_bench.ipynb #4f8f23b0
 SIZES = {
     "full": {
         "transport": dict(p=156, m=1024, n=8),
         "mask loss": dict(b=1, k=156, grid=32, side=512),
-        "step": {"COCO-Stuff": dict(k=156, n=8, tokens=100, side=512), "Context": dict(k=49, n=8, tokens=10, side=480), "VOC": dict(k=15, n=6, tokens=10, side=512)},
+        "step": {
+            "COCO-Stuff": dict(k=156, n=8, tokens=100, side=512),
+            "Context": dict(k=49, n=8, tokens=10, side=480),
+            "VOC": dict(k=15, n=6, tokens=10, side=512),
+        },
         "window": {"COCO-Stuff": dict(k=171, n=8, tokens=100, side=512), "VOC": dict(k=20, n=6, tokens=10, side=512)},
         "photo": dict(k=171, n=8, tokens=100, side=512, size=(1500, 2000)),
         "agreement": dict(images=24),

@@ -18,6 +18,7 @@ from .folders import load_files, open_dataset, released
 # %% ../nbs/14_benchmarks.ipynb #2719b2d9
 DATASETS = ("digits", "voc", "context", "coco", "ade", "folder")
 
+
 @dataclass(frozen=True)
 class BenchmarkSource:
     "Where a benchmark comes from: what `load_benchmark` needs to know."
@@ -40,12 +41,14 @@ def unseen_indices(
         raise ValueError(f"unseen class {wrong[0]!r} is not one of the dataset's {len(classes)}: {', '.join(classes)}")
     return tuple(sorted({classes.index(name) for name in wanted}))
 
+
 def clip_by_name(
     arch: str,  # open_clip's name of an architecture, or digits_clip
     weights: str | Path | None = None,  # tag or file; None: OpenAI's, or the small CLIP's own
 ):  # frozen open_clip CLIP
     "Load a frozen CLIP; `digits_clip` is the small one of the embedded benchmark."
     return digits_clip(weights) if arch == "digits_clip" else load_clip(arch, weights or "openai")
+
 
 def describe(
     dataset: str,  # a key of LAYOUTS, or folder
@@ -56,9 +59,21 @@ def describe(
         _, classes, unseen, palette, *_ = open_dataset(dataset, root)
     else:
         facts = released(dataset)
-        classes, unseen, palette = facts["classes"], facts["unseen"], [tuple(bytes.fromhex(c[1:])) for c in facts["palette"]]
+        classes, unseen, palette = (
+            facts["classes"],
+            facts["unseen"],
+            [tuple(bytes.fromhex(c[1:])) for c in facts["palette"]],
+        )
     unseen = tuple(sorted(classes.index(name) for name in unseen))
-    return Benchmark(dataset, tuple(classes), unseen, partial(load_files, dataset, root), clip=None, palette=palette and tuple(palette))
+    return Benchmark(
+        dataset,
+        tuple(classes),
+        unseen,
+        partial(load_files, dataset, root),
+        clip=None,
+        palette=palette and tuple(palette),
+    )
+
 
 def load_benchmark(
     source: BenchmarkSource,

@@ -25,13 +25,21 @@ from torch import Tensor
 # %% ../nbs/23_checkpoints.ipynb #c65a5298
 def provenance() -> dict:
     "Commit and versions."
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    git = lambda *args: subprocess.run(
+        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
     packages = {name: __import__(name).__version__ for name in ("torch", "open_clip", "accelerate", "numpy")}
     try:
-        commit, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", "otseg")
+        commit, changed = (
+            git("rev-parse", "--short=12", "HEAD"),
+            git("status", "--porcelain", "--untracked-files=no", "--", "otseg"),
+        )
     except FileNotFoundError:  # no git on this machine
         commit, changed = "", ""
-    return {"commit": (commit or "unknown") + ("+changes" if changed else ""), "versions": {"python": platform.python_version(), **packages}}
+    return {
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "versions": {"python": platform.python_version(), **packages},
+    }
 
 # %% ../nbs/23_checkpoints.ipynb #89c1c13e
 def checksum(tensors: dict[str, Tensor], about: str) -> str:
@@ -41,6 +49,7 @@ def checksum(tensors: dict[str, Tensor], about: str) -> str:
         h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         h.update(t.contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
+
 
 def write_tensors(
     path: str | Path,  # of the .safetensors file
@@ -57,7 +66,9 @@ def write_tensors(
         partial.replace(path)
     except Exception as e:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({e}); what was there before is untouched: make room, or choose another folder") from e
+        raise OSError(
+            f"{path} could not be written ({e}); what was there before is untouched: make room, or choose another folder"
+        ) from e
 
 # %% ../nbs/23_checkpoints.ipynb #e0555162
 def read_tensors(
@@ -65,13 +76,17 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict]:  # tensors, header
     "Tensors and header of a file of ours. Raises FileNotFoundError, or ValueError if it is damaged or not ours."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; `fit` writes half.safetensors, best.safetensors and last.safetensors into its folder")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; `fit` writes half.safetensors, best.safetensors and last.safetensors into its folder"
+        )
     try:
         with safe_open(path, framework="pt") as f:
             tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
         about = json.loads(header["otseg"])
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint of otseg, or cut short ({type(e).__name__}: {e}); official ones go through OTSeg.from_official") from e
+        raise ValueError(
+            f"{path} is not a checkpoint of otseg, or cut short ({type(e).__name__}: {e}); official ones go through OTSeg.from_official"
+        ) from e
     if header.get("seal") != checksum(tensors, header["otseg"]):
         raise ValueError(f"{path} is damaged: its seal does not fit its contents; use another checkpoint")
     return tensors, about
@@ -89,6 +104,7 @@ def write_state(
     write_tensors(folder / f"{iteration:08d}.safetensors", tensors, about)
     for old in sorted(folder.glob("*.safetensors"))[:-keep]:
         old.unlink()
+
 
 def newest_state(
     folder: Path,
@@ -155,12 +171,16 @@ def project_root() -> Path:
     root = Path(__file__).resolve().parents[1]
     return root if (root / "settings.ini").is_file() else Path.cwd()
 
+
 def newest_checkpoint(folder: Path) -> Path:
     "The last.safetensors written last below a folder."
     found = sorted(Path(folder).rglob("last.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"no last.safetensors below {folder}: train first (nbs/train.ipynb), or name a checkpoint")
+        raise FileNotFoundError(
+            f"no last.safetensors below {folder}: train first (nbs/train.ipynb), or name a checkpoint"
+        )
     return found[-1]
+
 
 def write_json(
     path: str | Path,

@@ -16,16 +16,28 @@ from pathlib import Path
 def predict_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="otseg predict", description="Segment images with your own words.")
     parser.add_argument("images", nargs="+", type=Path, help="image files; a folder stands for the images in it")
-    parser.add_argument("--classes", help="names, comma-separated; synonyms with |, as in 'cat,sofa|couch,wall' (default: the checkpoint's)")
+    parser.add_argument(
+        "--classes",
+        help="names, comma-separated; synonyms with |, as in 'cat,sofa|couch,wall' (default: the checkpoint's)",
+    )
     parser.add_argument("--checkpoint", help="of ours, official, or converted (default: the shipped small model)")
     parser.add_argument("--clip-weights", help="open_clip's tag or a file (default: OpenAI's, or the small CLIP's own)")
     parser.add_argument("--out", type=Path, default=Path("masks"), help="folder for the masks (default: %(default)s)")
     parser.add_argument("--background", type=float, help="probability under which a pixel is background")
-    parser.add_argument("--weight", type=float, default=0.5, help="lambda: 1 is the decoder's path alone, 0 the other (default: %(default)s)")
-    parser.add_argument("--calibration", type=float, help="taken from classes with labels in training (default: the recipe's)")
+    parser.add_argument(
+        "--weight",
+        type=float,
+        default=0.5,
+        help="lambda: 1 is the decoder's path alone, 0 the other (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration", type=float, help="taken from classes with labels in training (default: the recipe's)"
+    )
     parser.add_argument("--eps", type=float, help="entropic regularisation (default: the model's)")
     parser.add_argument("--overlay", action="store_true", help="write NAME_overlay.png, a picture with a legend, too")
-    parser.add_argument("--coco", action="store_true", help="write NAME.json with COCO's run lengths, too; needs pycocotools")
+    parser.add_argument(
+        "--coco", action="store_true", help="write NAME.json with COCO's run lengths, too; needs pycocotools"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -33,19 +45,26 @@ def predict_parser() -> argparse.ArgumentParser:
 # %% ../nbs/34_cli.ipynb #b3edd929
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
+
 def outputs(
     images: Sequence[Path],  # files and folders
     out: Path,  # folder
 ) -> dict[Path, Path]:  # image -> the .png of its mask
     "Where each mask goes: a.jpg to a.png, and where two images would meet, to a.jpg.png. Raises ValueError where an image would be overwritten."
-    found = [f for p in images for f in (sorted(q for q in p.iterdir() if q.suffix.lower() in IMAGE_ENDINGS) if p.is_dir() else [p])]
+    found = [
+        f
+        for p in images
+        for f in (sorted(q for q in p.iterdir() if q.suffix.lower() in IMAGE_ENDINGS) if p.is_dir() else [p])
+    ]
     found = list(dict.fromkeys(found))
     stems = [f.stem for f in found]
     masks = {f: out / (f"{f.stem}.png" if stems.count(f.stem) == 1 else f"{f.name}.png") for f in found}
     if len(set(masks.values())) < len(masks):
         masks = {f: out / f"{'_'.join(f.resolve().parts[-2:])}.png" for f in found}
     if len(set(masks.values())) < len(masks) or {m.resolve() for m in masks.values()} & {f.resolve() for f in found}:
-        raise ValueError(f"the masks in {out} would overwrite each other or an image: choose another folder, or fewer images at a time")
+        raise ValueError(
+            f"the masks in {out} would overwrite each other or an image: choose another folder, or fewer images at a time"
+        )
     return masks
 
 # %% ../nbs/34_cli.ipynb #be48d188
@@ -58,7 +77,12 @@ def predict(args: Sequence[str] | None = None) -> int:  # exit status
     from otseg.images import read_image
     from otseg.predict import load
 
-    call = {"background": options.background, "weight": options.weight, "calibration": options.calibration, "eps": options.eps}
+    call = {
+        "background": options.background,
+        "weight": options.weight,
+        "calibration": options.calibration,
+        "eps": options.eps,
+    }
     bad, masks = [], {}
     try:
         masks = outputs(options.images, options.out)
@@ -82,7 +106,10 @@ def predict(args: Sequence[str] | None = None) -> int:  # exit status
             result.save(mask.with_suffix(".json"))
         if options.overlay:
             (mask.parent / f"{mask.stem}_overlay.png").write_bytes(result._repr_png_())
-    print(f"{len(masks) - len(bad)} of {len(masks)} images segmented, masks in {options.out}" + f"; {len(bad)} skipped" * bool(bad))
+    print(
+        f"{len(masks) - len(bad)} of {len(masks)} images segmented, masks in {options.out}"
+        + f"; {len(bad)} skipped" * bool(bad)
+    )
     return 1 if bad else 0
 
 # %% ../nbs/34_cli.ipynb #216a3de7
@@ -95,9 +122,15 @@ COMMANDS = {  # name -> module, function of its arguments, what it does
     "export": ("otseg.export", "main", "write a model as ONNX, or in half precision"),
 }
 
+
 def usage() -> str:
     "What `otseg --help` prints."
-    return "usage: otseg COMMAND ...\n\n" + "\n".join(f"  {name:9} {what}" for name, (_, _, what) in COMMANDS.items()) + "\n\n`otseg COMMAND --help` says more."
+    return (
+        "usage: otseg COMMAND ...\n\n"
+        + "\n".join(f"  {name:9} {what}" for name, (_, _, what) in COMMANDS.items())
+        + "\n\n`otseg COMMAND --help` says more."
+    )
+
 
 def main(args: Sequence[str] | None = None) -> int:  # exit status
     "The command `otseg`."
@@ -117,6 +150,7 @@ def main(args: Sequence[str] | None = None) -> int:  # exit status
     rest = ["check", *rest] if command == "check" else rest  # `python -m otseg.data` has it as a command of its own
     done = getattr(import_module(module), function)(rest)
     return done if isinstance(done, int) else 0  # train and evaluate give their record back
+
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     raise SystemExit(main())

@@ -34,6 +34,7 @@ def check_visual(
 
 # %% ../nbs/03_clip.ipynb #09f79cbf
 def visual_tower(
+    *,
     width: int,  # channels of a token
     layers: int,  # blocks
     heads: int,  # attention heads in a block; must divide the width
@@ -45,22 +46,39 @@ def visual_tower(
     "An open_clip image tower of any size."
     if width % heads:
         raise ValueError(f"{heads} heads do not divide the width {width}")
-    return VisionTransformer(
-        image_size=image_size, patch_size=patch, width=width, layers=layers, heads=heads, mlp_ratio=4.0,
-        output_dim=dim, act_layer=QuickGELU if quick_gelu else nn.GELU,
-    ).eval().requires_grad_(False)
+    return (
+        VisionTransformer(
+            image_size=image_size,
+            patch_size=patch,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_ratio=4.0,
+            output_dim=dim,
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 # %% ../nbs/03_clip.ipynb #8a6855bb
 _STORAGE = dict(
-    FloatStorage=torch.float32, HalfStorage=torch.float16, BFloat16Storage=torch.bfloat16, DoubleStorage=torch.float64,
-    LongStorage=torch.int64, IntStorage=torch.int32, BoolStorage=torch.bool,
+    FloatStorage=torch.float32,
+    HalfStorage=torch.float16,
+    BFloat16Storage=torch.bfloat16,
+    DoubleStorage=torch.float64,
+    LongStorage=torch.int64,
+    IntStorage=torch.int32,
+    BoolStorage=torch.bool,
 )
+
 
 def _is_torchscript(path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as z:
         return any(name.endswith("/constants.pkl") for name in z.namelist())
+
 
 def _read_torchscript(path) -> dict[str, Tensor]:
     "The tensors in a TorchScript archive by name; its code is not looked at."
@@ -107,11 +125,17 @@ def read_weights(
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = _read_torchscript(path) if _is_torchscript(path) else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            _read_torchscript(path)
+            if _is_torchscript(path)
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError as e:
         asks = re.search(r"GLOBAL (\S+)", str(e))
         what = f"it asks for {asks[1]}" if asks else "it is no checkpoint of torch"
-        raise ValueError(f"{path} is refused and nothing in it was run: only tensors and plain containers are read, and {what}") from None
+        raise ValueError(
+            f"{path} is refused and nothing in it was run: only tensors and plain containers are read, and {what}"
+        ) from None
     except Exception as e:
         reason = str(e).partition("\n")[0][:200] or type(e).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint, perhaps it is cut short: {reason}") from None
@@ -126,14 +150,19 @@ def check_architecture(
     "Refuse an architecture that is unknown, or not a plain ViT with CLIP's own text tower. Raises `ValueError`."
     if arch not in (known := open_clip.list_models()):
         near = ", ".join(difflib.get_close_matches(arch, known, 4, 0.3))
-        raise ValueError(f"open_clip has no architecture {arch!r}; near: {near} (open_clip.add_model_config adds your own)")
+        raise ValueError(
+            f"open_clip has no architecture {arch!r}; near: {near} (open_clip.add_model_config adds your own)"
+        )
     cfg = open_clip.get_model_config(arch)
     wrong = [k for k in ("timm_model_name", "attentional_pool") if cfg["vision_cfg"].get(k)]
     wrong += [k for k in ("hf_model_name", "hf_tokenizer_name") if cfg["text_cfg"].get(k)]
     wrong += [k for k in ("multimodal_cfg", "custom_text") if cfg.get(k)]
     wrong += ["ResNet image tower"] * isinstance(cfg["vision_cfg"].get("layers"), list)
     if wrong:
-        raise ValueError(f"{arch} is not supported ({', '.join(wrong)}): a plain ViT with CLIP's own text tower and tokenizer is needed, such as ViT-B-16-quickgelu or ViT-L-14")
+        raise ValueError(
+            f"{arch} is not supported ({', '.join(wrong)}): a plain ViT with CLIP's own text tower and tokenizer is needed, such as ViT-B-16-quickgelu or ViT-L-14"
+        )
+
 
 def _check_activation(arch, source, quick):
     ours, names = open_clip.get_model_config(arch).get("quick_gelu", False), ("GELU", "QuickGELU")
@@ -148,31 +177,45 @@ def _locate(arch, pretrained, cache_dir) -> Path:
         return Path(pretrained)
     tag, tags = open_clip.get_pretrained_cfg(arch, str(pretrained)), open_clip.list_pretrained_tags_by_model(arch)
     if not tag:
-        raise FileNotFoundError(f"pretrained = {str(pretrained)!r} is neither a file (looked for {Path(pretrained).absolute()}) nor a tag of {arch} ({', '.join(tags)})")
+        raise FileNotFoundError(
+            f"pretrained = {str(pretrained)!r} is neither a file (looked for {Path(pretrained).absolute()}) nor a tag of {arch} ({', '.join(tags)})"
+        )
     _check_activation(arch, pretrained, tag.get("quick_gelu", False))
     try:
         return Path(open_clip.download_pretrained(tag, cache_dir=cache_dir))
     except Exception as e:
         url = tag.get("url") or "https://huggingface.co/" + tag.get("hf_hub", "")
-        raise ConnectionError(f"could not fetch {pretrained!r} of {arch} ({type(e).__name__}): download {url} where there is a network, and pass the path of that file as pretrained") from e
+        raise ConnectionError(
+            f"could not fetch {pretrained!r} of {arch} ({type(e).__name__}): download {url} where there is a network, and pass the path of that file as pretrained"
+        ) from e
+
 
 def _fill(clip, state, source, arch):
     "Load the tensors into `clip`, or say which shapes differ."
     extra = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # in OpenAI's archives, but no weights
-    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items() if k.split(".")[-1] not in extra}
+    state = {
+        k.removeprefix("module."): v for k, v in state.get("state_dict", state).items() if k.split(".")[-1] not in extra
+    }
     ours, shape = clip.state_dict(), lambda tensors, k: tuple(tensors[k].shape) if k in tensors else "missing"
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].reshape(ours["logit_scale"].shape)
     names = sorted(ours.keys() | state.keys(), key=lambda k: ("conv1" not in k, k))
-    wrong = [f"{k} is {shape(state, k)} there, {shape(ours, k)} here" for k in names if shape(state, k) != shape(ours, k)]
+    wrong = [
+        f"{k} is {shape(state, k)} there, {shape(ours, k)} here" for k in names if shape(state, k) != shape(ours, k)
+    ]
     if wrong:
-        raise ValueError(f"{source} does not hold the weights of {arch}: {'; '.join(wrong[:3])}" + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
+        raise ValueError(
+            f"{source} does not hold the weights of {arch}: {'; '.join(wrong[:3])}"
+            + f"; and {len(wrong) - 3} more" * (len(wrong) > 3)
+        )
     clip.load_state_dict(state)
 
 # %% ../nbs/03_clip.ipynb #37195ff2
 def load_clip(
     arch: str = "ViT-B-16-quickgelu",  # open_clip's name of the architecture
-    pretrained: str | Path | None = "openai",  # tag, or path of an OpenAI .pt, open_clip .pt or .safetensors; None: random weights
+    pretrained: str
+    | Path
+    | None = "openai",  # tag, or path of an OpenAI .pt, open_clip .pt or .safetensors; None: random weights
     cache_dir: str | None = None,  # where downloads are kept; None: the hub's own cache
     precision: str = "fp32",  # of the weights, in open_clip's words; autocast is the way to compute in less
 ) -> open_clip.CLIP:  # both towers, frozen, in eval mode, on the CPU

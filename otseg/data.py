@@ -39,6 +39,7 @@ class Benchmark:
 # %% ../nbs/11_data.ipynb #f6096fdf
 UNLABELLED = 254  # label of a pixel of an unseen class in transductive training
 
+
 def label_table(
     k: int,  # number of classes
     seen: tuple[int, ...],  # classes with labels in training
@@ -81,6 +82,7 @@ def saturate(
     a = torch.minimum(torch.tensor(a), 1 / S.clamp_min(1e-6))
     return (V - a * (V - image)).clamp(0, 1)
 
+
 def distort(
     image: Tensor,  # (3, H, W) in [0, 1]
     rng: torch.Generator,  # all randomness comes from here
@@ -112,7 +114,15 @@ class EndlessBatches:
     ):
         if batch % world:
             raise ValueError(f"a batch of {batch} images cannot be shared by {world} processes: change one of them")
-        self.size, self.batch, self.seed, self.stop, self.start, self.rank, self.world = size, batch, seed, stop, start, rank, world
+        self.size, self.batch, self.seed, self.stop, self.start, self.rank, self.world = (
+            size,
+            batch,
+            seed,
+            stop,
+            start,
+            rank,
+            world,
+        )
 
     def __len__(self):
         return self.stop - self.start
@@ -127,6 +137,7 @@ class EndlessBatches:
             keys = [divmod(i, self.size) for i in range(t * self.batch, (t + 1) * self.batch)]
             orders = {epoch: orders.get(epoch) or self.order(epoch) for epoch, _ in keys}
             yield [(epoch, orders[epoch][i]) for epoch, i in keys[self.rank :: self.world]]
+
 
 def generator(*key: int) -> torch.Generator:
     "Random generator made from a few integers."
@@ -148,7 +159,9 @@ def first_readable(
         except Unreadable as e:
             error = e
             warnings.warn(f"{e}; the next image takes its place")
-    raise ValueError(f"{tries} images in a row cannot be read: check the dataset with python -m otseg.data check. {error}")
+    raise ValueError(
+        f"{tries} images in a row cannot be read: check the dataset with python -m otseg.data check. {error}"
+    )
 
 # %% ../nbs/11_data.ipynb #fc4ce264
 class TrainCrops(Dataset):
@@ -181,7 +194,13 @@ class TrainCrops(Dataset):
         right, bottom = (max(r.image_size - side, 0) for side in label.shape[::-1])
         label = F.pad(self.table[label], (0, right, 0, bottom), value=IGNORE)
         present_labels = label.flatten().bincount(minlength=256) > 0  # here, where nobody waits for the answer
-        return {"image": F.pad(image, (0, right, 0, bottom)), "label": label, "present_labels": present_labels, "skipped": skipped}
+        return {
+            "image": F.pad(image, (0, right, 0, bottom)),
+            "label": label,
+            "present_labels": present_labels,
+            "skipped": skipped,
+        }
+
 
 class EvalView(Dataset):
     "Testing view of a dataset: a normalised image, resized, with its label at the original size."

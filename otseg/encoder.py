@@ -7,6 +7,7 @@ __all__ = ['SCALE', 'resize_positions', 'Features', 'FrozenFeedForward', 'feed_f
 
 # %% ../nbs/04_encoder.ipynb #a0000006
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Features(NamedTuple):
 # %% ../nbs/04_encoder.ipynb #5f8fd586
 SCALE = 1.702  # of QuickGELU
 
+
 class FrozenFeedForward(torch.autograd.Function):
     "Two linear layers (r, width) with QuickGELU between them, whose weights need no gradient."
 
@@ -56,6 +58,7 @@ class FrozenFeedForward(torch.autograd.Function):
         g = grad @ W2.to(grad)
         torch.ops.aten.silu_backward.grad_input(g, h, grad_input=g)
         return g @ W1.to(g), None, None, None, None
+
 
 def feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
     "A block's two linear layers (b, s, width), frozen."
@@ -90,13 +93,20 @@ class ImageEncoder(nn.Module):
     def __init__(
         self,
         visual: VisionTransformer,  # shared with the caller, not copied, and frozen
+        *,
         visual_prompts: int = 10,  # learned tokens in each block; 0: none, and no learned LayerNorm
         dropout: float = 0.1,  # on the projected prompts
         double_class_token: bool = True,  # add the class embedding twice, as the official code; CLIP adds it once
+        apply_block: Callable = run_block,  # (block, x, prompts) -> x: how one block of the tower is computed
     ):
         super().__init__()
         check_visual(visual)
-        self.visual, self.visual_prompts, self.double_class_token = visual.requires_grad_(False), visual_prompts, double_class_token
+        self.visual, self.visual_prompts, self.double_class_token = (
+            visual.requires_grad_(False),
+            visual_prompts,
+            double_class_token,
+        )
+        self.apply_block = apply_block
         if not visual_prompts:
             return
         width, blocks = visual.conv1.out_channels, len(visual.transformer.resblocks)
@@ -112,12 +122,14 @@ class ImageEncoder(nn.Module):
         v, (h, w), (s, t) = self.visual, image.shape[-2:], self.visual.patch_size
         if h % s or w % t:
             raise ValueError(f"the image is {h} x {w} pixels, no whole number of {s} x {t} patches: pad or resize it")
-        x = v.conv1(image).flatten(2).mT.to(v.class_embedding.dtype)  # (b, m, width); an autocast's half precision stays inside the blocks
+        x = (
+            v.conv1(image).flatten(2).mT.to(v.class_embedding.dtype)
+        )  # (b, m, width); an autocast's half precision stays inside the blocks
         cls = v.class_embedding * (2 if self.double_class_token else 1)
         x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1)
         return v.ln_pre(x + resize_positions(v.positional_embedding, v.grid_size, (h // s, w // t))), (h // s, w // t)
 
-    def prompt(self, x: Tensor, i: int) -> Tensor | None:
+    def block_prompts(self, x: Tensor, i: int) -> Tensor | None:
         "The prompts (b, p, width) of block i."
         if not self.visual_prompts:
             return None
@@ -131,7 +143,7 @@ class ImageEncoder(nn.Module):
         "Patch and class embeddings."
         x, grid = self.embed(image)
         for i, block in enumerate(self.visual.transformer.resblocks):
-            x = run_block(block, x, self.prompt(x, i))
+            x = self.apply_block(block, x, self.block_prompts(x, i))
         if self.visual_prompts:
             x = self.prompt_norm(x)
         x = self.visual.ln_post(x) @ self.visual.proj

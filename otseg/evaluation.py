@@ -64,10 +64,12 @@ def validate(
     counts = {path: (accelerator.reduce(c) if accelerator else c).cpu() for path, c in counts.items()}
     return {path: zs3_metrics(c, bench.seen, bench.unseen) for path, c in counts.items()}
 
+
 def validate_dense_clip(model: OTSeg, bench: Benchmark, recipe: Recipe, data: Dataset, **options) -> dict:
     "Metrics of the frozen CLIP of a model, without any training; `options` are those of `validate`."
     dense = DenseCLIP(model.encoder.visual, model.text, recipe.image_size).to(model.text.device)
     return validate(dense, bench, replace(recipe, calibration=0.0), data, paths=("mps",), **options)["mps"]
+
 
 def spread_subset(data: Dataset, size: int | None) -> Dataset:
     "At most `size` items, evenly spread over a dataset; None: all."
@@ -82,19 +84,26 @@ def json_metrics(scores: dict, classes: tuple[str, ...]) -> dict:
     iou = {name: number(v) for name, v in zip(classes, scores["iou"].tolist())}
     return {name: number(v) for name, v in scores.items() if name != "iou"} | {"iou": iou}
 
+
 def determinism(device: torch.device) -> str:
     "What one seed determines on a device."
     if device.type == "cpu":
-        return ("one seed, one result, bit for bit, for one version of torch, one number of threads and of processes; "
-                "the number of reading processes does not matter")
-    return ("order of images, crops, distortion and initial weights; sums inside some kernels have no fixed order, "
-            "so results agree up to rounding")
+        return (
+            "one seed, one result, bit for bit, for one version of torch, one number of threads and of processes; "
+            "the number of reading processes does not matter"
+        )
+    return (
+        "order of images, crops, distortion and initial weights; sums inside some kernels have no fixed order, "
+        "so results agree up to rounding"
+    )
+
 
 def device_name(device: torch.device) -> str:
     "The name of a device as records state it."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
 
 def make_record(
     recipe: Recipe,
@@ -108,44 +117,75 @@ def make_record(
 ) -> dict:
     "The record of a run, in types that JSON has."
     return {
-        "name": run_name(recipe), "dataset": recipe.dataset, "split": recipe.split, "setting": recipe.setting,
-        "method": recipe.attention, "seed": recipe.seed, "recipe": asdict(recipe), **provenance(),
-        "device": device_name(device), "deterministic": determinism(device),
-        "started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 1), **more,
+        "name": run_name(recipe),
+        "dataset": recipe.dataset,
+        "split": recipe.split,
+        "setting": recipe.setting,
+        "method": recipe.attention,
+        "seed": recipe.seed,
+        "recipe": asdict(recipe),
+        **provenance(),
+        "device": device_name(device),
+        "deterministic": determinism(device),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        **more,
         "metrics": {path: json_metrics(scores, bench.classes) for path, scores in metrics.items()},
     }
 
 # %% ../nbs/26_evaluation.ipynb #1bfb7794
-def metrics_table(*records # run records: dicts with dataset, split, setting, method, seed, commit, metrics {path: scores as fractions}
-                 ): # DataFrame, percent: pAcc, S, U, hIoU; index dataset, split, setting, method, seed, path
+def metrics_table(
+    *records,  # run records: dicts with dataset, split, setting, method, seed, commit, metrics {path: scores as fractions}
+):  # DataFrame, percent: pAcc, S, U, hIoU; index dataset, split, setting, method, seed, path
     "Our scores, one row for each run and path. Raises `ValueError` for a dict that is no run record."
-    keys, rows = ['dataset', 'split', 'setting', 'method', 'seed'], []
+    keys, rows = ["dataset", "split", "setting", "method", "seed"], []
     for r in records:
-        if missing := {*keys, 'commit', 'metrics'} - set(r): raise ValueError(f"not a run record, it lacks {sorted(missing)}: numbers of others go through published_table")
-        for path, scores in r['metrics'].items():
-            rows.append({key: r[key] for key in keys} | {'path': path} |
-                        {title: np.nan if scores[m] is None else 100*scores[m] for m, title in METRICS.items()})
-    return pd.DataFrame(rows, columns=[*keys, 'path', *METRICS.values()]).set_index([*keys, 'path'])
+        if missing := {*keys, "commit", "metrics"} - set(r):
+            raise ValueError(
+                f"not a run record, it lacks {sorted(missing)}: numbers of others go through published_table"
+            )
+        for path, scores in r["metrics"].items():
+            rows.append(
+                {key: r[key] for key in keys}
+                | {"path": path}
+                | {title: np.nan if scores[m] is None else 100 * scores[m] for m, title in METRICS.items()}
+            )
+    return pd.DataFrame(rows, columns=[*keys, "path", *METRICS.values()]).set_index([*keys, "path"])
 
-def published_table(published, # DataFrame of results/published.csv
-                    dataset=None # 'voc', 'context', 'coco'; None: all
-                   ): # DataFrame: pAcc, S, U, hIoU in percent as printed, source; index dataset, setting, method
+
+def published_table(
+    published,  # DataFrame of results/published.csv
+    dataset=None,  # 'voc', 'context', 'coco'; None: all
+):  # DataFrame: pAcc, S, U, hIoU in percent as printed, source; index dataset, setting, method
     "Scores that the paper and its peers report, each with its source."
-    rows, keys = published[published.metric.isin(METRICS) & ((published.dataset == dataset) | (dataset is None))], ['dataset', 'setting', 'method']
-    scores = rows.pivot(index=keys, columns='metric', values='value').reindex(columns=list(METRICS)).rename(columns=METRICS)
-    return scores.rename_axis(columns=None).assign(source=rows.groupby(keys).source.agg(lambda s: '; '.join(s.unique())))
+    rows, keys = (
+        published[published.metric.isin(METRICS) & ((published.dataset == dataset) | (dataset is None))],
+        ["dataset", "setting", "method"],
+    )
+    scores = (
+        rows.pivot(index=keys, columns="metric", values="value").reindex(columns=list(METRICS)).rename(columns=METRICS)
+    )
+    return scores.rename_axis(columns=None).assign(
+        source=rows.groupby(keys).source.agg(lambda s: "; ".join(s.unique()))
+    )
 
-def markdown(table, # DataFrame; the levels of its index become the first columns
-             digits=1 # decimals
-            ): # str
+
+def markdown(
+    table,  # DataFrame; the levels of its index become the first columns
+    digits=1,  # decimals
+):  # str
     "A table as Markdown; a dash where there is no number."
     flat = table.reset_index() if any(table.index.names) else table
-    def cell(v): return '–' if pd.isna(v) else f'{v:.{digits}f}' if isinstance(v, float) else str(v).replace('|', '\\|')
-    rows = [flat.columns, ['---' if flat[c].dtype.kind != 'f' else '---:' for c in flat], *flat.itertuples(index=False)]
-    return '\n'.join('| ' + ' | '.join(map(cell, row)) + ' |' for row in rows) + '\n'
+
+    def cell(v):
+        return "–" if pd.isna(v) else f"{v:.{digits}f}" if isinstance(v, float) else str(v).replace("|", "\\|")
+
+    rows = [flat.columns, ["---" if flat[c].dtype.kind != "f" else "---:" for c in flat], *flat.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows) + "\n"
 
 # %% ../nbs/26_evaluation.ipynb #237db0c2
 EVALUATION_FIELDS = ("calibration", "stride", "test_short_side", "test_long_side", "normalization")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -156,13 +196,16 @@ class Evaluation:
     recipe: Recipe  # how the model was used
     bench: Benchmark  # what it predicted
 
+
 def best_device() -> torch.device:
     "A GPU if there is one, else the CPU."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+
 def default_workers(dataset: str) -> int:
     "Number of processes that read images: none for the embedded benchmark, which is in memory."
     return 0 if dataset == "digits" else min(8, os.cpu_count() or 1)
+
 
 def evaluate_checkpoint(
     checkpoint: str | Path,  # .safetensors file that `fit` wrote, or an official checkpoint
@@ -183,7 +226,8 @@ def evaluate_checkpoint(
     "Evaluate a checkpoint. Raises FileNotFoundError, ValueError."
     if wrong := set(changes) - set(EVALUATION_FIELDS):
         raise ValueError(
-            f"{', '.join(sorted(wrong))} was fixed in training; an evaluation can change {', '.join(EVALUATION_FIELDS)}")
+            f"{', '.join(sorted(wrong))} was fixed in training; an evaluation can change {', '.join(EVALUATION_FIELDS)}"
+        )
     started = datetime.now(timezone.utc)
     official = None if trained is None else resolve(trained, setting, **({"clip": clip} if clip else {}))
     source = official or read_checkpoint(checkpoint)[1]["recipe"]
@@ -198,7 +242,14 @@ def evaluate_checkpoint(
     if baseline:
         metrics["dense_clip"] = validate_dense_clip(model, bench, recipe, data, **options)
     record = make_record(
-        recipe, bench, device=device, started=started, metrics=metrics,
+        recipe,
+        bench,
+        device=device,
+        started=started,
+        metrics=metrics,
         seconds=(datetime.now(timezone.utc) - started).total_seconds(),
-        target=target, images=len(data), source="official" if official else "otseg")
+        target=target,
+        images=len(data),
+        source="official" if official else "otseg",
+    )
     return Evaluation(record, model, recipe, bench)

@@ -39,13 +39,25 @@ def window_maps(
             tokens, q, grid = model.embed(F.pad(crop, (0, -w % t, 0, -h % s)))
             S = cosine(tokens, q[:, shown])  # (1, r, m, n)
             plan = S.shape[-2] * S.shape[-1] * model.transport(1 - S, eps=model.eps)
-            shares = S.shape[-2] * model.decoder.shares(q[:, shown], tokens)[-1]  # uniform = 1
-            maps = {"plan": plan.mT, "score": (plan * S).mT, "shares": shares.mT, "mps": (plan * S).sum(-1)[..., None, :], "mpsa": model.decoder(q, tokens)[:, shown, None]}
+            shares = S.shape[-2] * model.decoder.attention_weights(q[:, shown], tokens)[-1]  # uniform = 1
+            maps = {
+                "plan": plan.mT,
+                "score": (plan * S).mT,
+                "shares": shares.mT,
+                "mps": (plan * S).sum(-1)[..., None, :],
+                "mpsa": model.decoder(q, tokens)[:, shown, None],
+            }
             for name, a in maps.items():
-                large = F.interpolate(a[0].unflatten(-1, grid), scale_factor=(s, t), mode="bilinear", align_corners=False)
-                total.setdefault(name, image.new_zeros(*large.shape[:2], H, W))[..., y : y + h, x : x + w] += large[..., :h, :w]
+                large = F.interpolate(
+                    a[0].unflatten(-1, grid), scale_factor=(s, t), mode="bilinear", align_corners=False
+                )
+                total.setdefault(name, image.new_zeros(*large.shape[:2], H, W))[..., y : y + h, x : x + w] += large[
+                    ..., :h, :w
+                ]
             count[y : y + h, x : x + w] += 1
-    return {name: (a / count)[:, 0].cpu() if name in ("mps", "mpsa") else (a / count).cpu() for name, a in total.items()}
+    return {
+        name: (a / count)[:, 0].cpu() if name in ("mps", "mpsa") else (a / count).cpu() for name, a in total.items()
+    }
 
 # %% ../nbs/32_explain.ipynb #aad17ca9
 def explain(
@@ -67,10 +79,25 @@ def explain(
     mask = np.asarray(Image.fromarray(r.labels).resize((w, h), Image.NEAREST)).astype(int)
     table = np.full(len(r.names), 255)
     table[where] = range(len(where))
-    colours = palette(len(where)) if r.colours is None and len(r.classes) > 20 else (palette(20) if r.colours is None else r.colours)[where]
+    colours = (
+        palette(len(where))
+        if r.colours is None and len(r.classes) > 20
+        else (palette(20) if r.colours is None else r.colours)[where]
+    )
     prompts = [t.replace(" of ", "\nof ") for t in seg.recipe.text_prompts]
     small = np.asarray(r.image.resize((w, h), Image.BILINEAR)).transpose(2, 0, 1)
-    return plot_explanation(small, table[mask], shown, range(len(where)), maps["score"], maps["plan"], maps["mps"], maps["mpsa"], prompts, colours)
+    return plot_explanation(
+        small,
+        table[mask],
+        shown,
+        range(len(where)),
+        maps["score"],
+        maps["plan"],
+        maps["mps"],
+        maps["mpsa"],
+        prompts,
+        colours,
+    )
 
 # %% ../nbs/32_explain.ipynb #851888a0
 def panel(
@@ -87,10 +114,14 @@ def panel(
     slider = dict(continuous_update=False, readout_format=".2f", **wide)
     controls = {
         "image": w.Dropdown(options=list(images), description="image", **wide),
-        "classes": w.Text(value=classes or ", ".join(seg.classes), description="words", continuous_update=False, **wide),
+        "classes": w.Text(
+            value=classes or ", ".join(seg.classes), description="words", continuous_update=False, **wide
+        ),
         "eps": w.FloatLogSlider(value=seg.model.eps, min=-2, max=0, step=0.05, description="eps", **slider),
         "mpsa_weight": w.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="lambda", **slider),
-        "calibration": w.FloatSlider(value=seg.recipe.calibration, min=0, max=0.5, step=0.01, description="calibration", **slider),
+        "calibration": w.FloatSlider(
+            value=seg.recipe.calibration, min=0, max=0.5, step=0.01, description="calibration", **slider
+        ),
     }
     mask, message = w.Image(format="png", layout=w.Layout(align_self="flex-start")), w.HTML()
 

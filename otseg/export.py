@@ -6,8 +6,6 @@
 __all__ = ['STEPS', 'OUTPUTS', 'eliminate', 'fixed_plan', 'Graph', 'need', 'export_onnx', 'write_class_names', 'output_errors']
 
 # %% ../nbs/33_export.ipynb #18e904e1
-import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,6 @@ from .images import normalize
 from .mps import cosine, plan_score
 from .mpsa import PlanScore
 from .ot import sinkhorn
-from .models import half_checkpoint
 from .predict import Segmenter, load, with_words
 
 # %% ../nbs/33_export.ipynb #3c89a009
@@ -38,6 +35,7 @@ def eliminate(
 
 # %% ../nbs/33_export.ipynb #86945ba1
 STEPS = 14  # Newton steps in an exported graph
+
 
 def fixed_plan(
     C: Tensor,  # cost (..., m, n)
@@ -94,6 +92,7 @@ class Graph(nn.Module):
         prob = F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False).sigmoid()
         return prob, mps, mpsa, T.unflatten(2, grid)
 
+
 OUTPUTS = ("probability", "mps", "mpsa", "plan")
 
 # %% ../nbs/33_export.ipynb #16633361
@@ -104,11 +103,13 @@ def need(name: str):
     except ImportError:
         raise ImportError(f"the export needs {name}, which is not installed: pip install 'otseg[onnx]'") from None
 
+
 def export_onnx(
     seg: Segmenter,
     out: str | Path,  # .onnx to write
     classes=None,  # as for `seg`; None: those of the checkpoint
-    size: tuple[int, int] | None = None,  # of the images (H, W), pixels, multiples of the patch; None: the model's window
+    size: tuple[int, int]
+    | None = None,  # of the images (H, W), pixels, multiples of the patch; None: the model's window
     mpsa_weight: float = 0.5,  # lambda
     tol: float = 1e-4,  # largest difference to the converged model, relative to each output's scale
 ) -> dict[str, float]:  # output -> that difference
@@ -119,13 +120,24 @@ def export_onnx(
     graph = Graph(seg, classes, mpsa_weight).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial_file = out.with_suffix(".partial.onnx")
-    torch.onnx.export(graph, (image,), partial_file, input_names=["image"], output_names=list(OUTPUTS), dynamo=True, external_data=False, verbose=False,
-                      optimize=False)  # onnxruntime does that, in a fraction of the time
+    torch.onnx.export(
+        graph,
+        (image,),
+        partial_file,
+        input_names=["image"],
+        output_names=list(OUTPUTS),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        optimize=False,
+    )  # onnxruntime does that, in a fraction of the time
     write_class_names(partial_file, graph.classes)
     errors = output_errors(partial_file, Graph(seg, classes, mpsa_weight, steps=0).eval(), image)
     if max(errors.values()) > tol:
         partial_file.unlink()
-        raise ValueError(f"the exported graph is {max(errors.values()):.1e} from the converged model, {tol} is allowed: at eps = {seg.model.eps} {STEPS} Newton steps are too few")
+        raise ValueError(
+            f"the exported graph is {max(errors.values()):.1e} from the converged model, {tol} is allowed: at eps = {seg.model.eps} {STEPS} Newton steps are too few"
+        )
     partial_file.replace(out)
     return errors
 
@@ -137,9 +149,13 @@ def write_class_names(path: Path, classes: Sequence[str]):
     onnx.helper.set_model_props(model, {"classes": "\n".join(classes)})
     onnx.save(model, path)
 
+
 def output_errors(path: Path, model: nn.Module, image: Tensor) -> dict[str, float]:
     "Largest difference of each output from PyTorch's, relative to its largest value."
     session = need("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         pairs = zip(OUTPUTS, session.run(list(OUTPUTS), {"image": image.numpy()}), model(image))
-    return {name: (torch.from_numpy(theirs) - ours).abs().max().item() / ours.abs().max().item() for name, theirs, ours in pairs}
+    return {
+        name: (torch.from_numpy(theirs) - ours).abs().max().item() / ours.abs().max().item()
+        for name, theirs, ours in pairs
+    }

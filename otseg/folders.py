@@ -9,7 +9,6 @@ __all__ = ['LAYOUTS', 'Part', 'Layout', 'released', 'read_description', 'find_ro
 # %% ../nbs/12_folders.ipynb #458b95ec
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as tv
 from tqdm.auto import tqdm
 
 from .images import IGNORE, IMAGE_ENDINGS, read_ids, read_image
@@ -36,6 +34,7 @@ class Part:
     label: str  # path with {} for the name
     names: tuple[str, ...] = ()  # lists of names, the first that exists; none: every file that fits `image`
     expected: int | None = None  # number of pairs in the released dataset
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -58,16 +57,31 @@ _mm = "docs/en/user_guides/2_dataset_prepare.md of mmsegmentation"
 LAYOUTS = {
     "voc": Layout(
         ("", "VOC2012", "VOCdevkit/VOC2012"),
-        (_voc("SegmentationClass/{}.png", _voc_list("train"), 1464), _voc("SegmentationClassAug/{}.png", _voc_list("trainaug"), 10582)),
-        (_voc("SegmentationClass/{}.png", _voc_list("val"), 1449),), first=1, source=f"VOC 2012 with SBD's augmented labels: {_mm}",
+        (
+            _voc("SegmentationClass/{}.png", _voc_list("train"), 1464),
+            _voc("SegmentationClassAug/{}.png", _voc_list("trainaug"), 10582),
+        ),
+        (_voc("SegmentationClass/{}.png", _voc_list("val"), 1449),),
+        first=1,
+        source=f"VOC 2012 with SBD's augmented labels: {_mm}",
     ),
     "context": Layout(
         ("", "VOC2010", "VOCdevkit/VOC2010"),
         (_voc("SegmentationClassContext/{}.png", _context_list("train"), 4998),),
-        (_voc("SegmentationClassContext/{}.png", _context_list("val"), 5105),), first=1, source=f"PASCAL Context: {_mm}",
+        (_voc("SegmentationClassContext/{}.png", _context_list("val"), 5105),),
+        first=1,
+        source=f"PASCAL Context: {_mm}",
     ),
-    "coco": Layout(("", "coco_stuff164k"), _coco("train2017", 118287), _coco("val2017", 5000), source=f"COCO-Stuff 164k: {_mm}"),
-    "ade": Layout(("", "ade/ADEChallengeData2016", "ADEChallengeData2016"), _ade("training", 20210), _ade("validation", 2000), first=1, source=f"ADE20K: {_mm}"),
+    "coco": Layout(
+        ("", "coco_stuff164k"), _coco("train2017", 118287), _coco("val2017", 5000), source=f"COCO-Stuff 164k: {_mm}"
+    ),
+    "ade": Layout(
+        ("", "ade/ADEChallengeData2016", "ADEChallengeData2016"),
+        _ade("training", 20210),
+        _ade("validation", 2000),
+        first=1,
+        source=f"ADE20K: {_mm}",
+    ),
 }
 
 # %% ../nbs/12_folders.ipynb #102f9a37
@@ -89,7 +103,9 @@ def read_description(
     known = {"classes", "unseen", "background"}
     if not isinstance(about, dict) or set(about) - known or "classes" not in about:
         found = ", ".join(about) if isinstance(about, dict) else type(about).__name__
-        raise ValueError(f'{path} has {found}; it needs {{"classes": [...]}} and may have "unseen": [...] and "background": "ignore" or a class name')
+        raise ValueError(
+            f'{path} has {found}; it needs {{"classes": [...]}} and may have "unseen": [...] and "background": "ignore" or a class name'
+        )
     classes, unseen, background = about["classes"], about.get("unseen", []), about.get("background")
     for key, names in (("classes", classes), ("unseen", unseen)):
         if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
@@ -99,7 +115,9 @@ def read_description(
     if background not in (None, "ignore"):
         classes = [background, *classes]
     if not 0 < len(set(classes)) == len(classes) <= 250:
-        raise ValueError(f"{path} names {len(classes)} classes, {len(set(classes))} of them different: 1 to 250 different ones are possible")
+        raise ValueError(
+            f"{path} names {len(classes)} classes, {len(set(classes))} of them different: 1 to 250 different ones are possible"
+        )
     if wrong := [name for name in unseen if name not in classes]:
         raise ValueError(f"{path}: the unseen class {wrong[0]!r} is not among the classes {', '.join(classes)}")
     return dict(classes=classes, unseen=unseen, first=int(background == "ignore"))
@@ -112,17 +130,25 @@ def find_root(
     "The folder of a dataset. Raises FileNotFoundError that says where it was looked for."
     given = root or os.environ.get("OTSEG_DATA")
     if not given:
-        raise FileNotFoundError(f"where is the dataset {dataset!r}? Give its folder as root, or a folder of datasets as the environment variable OTSEG_DATA")
+        raise FileNotFoundError(
+            f"where is the dataset {dataset!r}? Give its folder as root, or a folder of datasets as the environment variable OTSEG_DATA"
+        )
     if dataset == "folder":
         places, sign = [Path(given)], "dataset.json"
         source = 'it has images/train, images/val, labels/train, labels/val and dataset.json with {"classes": [...]}'
     else:
         layout = LAYOUTS[dataset]
-        places, sign, source = [Path(given) / place for place in layout.places], str(Path(layout.val[0].label).parent), layout.source
+        places, sign, source = (
+            [Path(given) / place for place in layout.places],
+            str(Path(layout.val[0].label).parent),
+            layout.source,
+        )
     for place in places:
         if (place / sign).exists():
             return place.resolve()
-    raise FileNotFoundError(f"no dataset {dataset!r}: looked for {', '.join(str(place / sign) for place in places)}. How to get it: {source}")
+    raise FileNotFoundError(
+        f"no dataset {dataset!r}: looked for {', '.join(str(place / sign) for place in places)}. How to get it: {source}"
+    )
 
 # %% ../nbs/12_folders.ipynb #16310d5f
 def pairs(
@@ -133,7 +159,9 @@ def pairs(
     if part.names:
         found = [root / name for name in part.names if (root / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"no list of names: looked for {', '.join(str(root / name) for name in part.names)}")
+            raise FileNotFoundError(
+                f"no list of names: looked for {', '.join(str(root / name) for name in part.names)}"
+            )
         names = found[0].read_text().split()
         if wrong := [name for name in names if not Path(name).name == name]:
             raise ValueError(f"{found[0]} lists {wrong[0][:80]!r}, which is no plain name of an image")
@@ -171,11 +199,15 @@ class Files(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         image, ids = read_image(self.files[i][0]), read_ids(self.files[i][1])
         if image.shape[1:] != ids.shape:
-            sizes = " but ".join(f"{path.name} is {h} x {w} pixels" for path, (h, w) in zip(self.files[i], (image.shape[1:], ids.shape)))
+            sizes = " but ".join(
+                f"{path.name} is {h} x {w} pixels" for path, (h, w) in zip(self.files[i], (image.shape[1:], ids.shape))
+            )
             raise ValueError(f"{sizes}: an image and its label map have one size")
         label = self.table[ids.long()]
         if wrong := ids[label < 0].unique().tolist():
-            raise ValueError(f"{self.files[i][1]} has the ids {str(wrong)[1:-1]}, which are no class: {self.advice(wrong)}")
+            raise ValueError(
+                f"{self.files[i][1]} has the ids {str(wrong)[1:-1]}, which are no class: {self.advice(wrong)}"
+            )
         return {"image": image, "label": label}
 
 # %% ../nbs/12_folders.ipynb #f8ac7363
@@ -193,7 +225,9 @@ def advice(
     return f"{first} to {first + k - 1} are the {k} classes and 255{' and 0 are' if first else ' is'} no class"
 
 # %% ../nbs/12_folders.ipynb #29c38707
-def open_dataset(dataset: str, root: str | Path | None) -> tuple[Path, list[str], list[str], list | None, int, dict[str, tuple[Part, ...]]]:
+def open_dataset(
+    dataset: str, root: str | Path | None
+) -> tuple[Path, list[str], list[str], list | None, int, dict[str, tuple[Part, ...]]]:
     "Root, classes, unseen names, palette, first id and parts."
     if dataset == "folder":
         root = find_root(dataset, root)
@@ -201,7 +235,15 @@ def open_dataset(dataset: str, root: str | Path | None) -> tuple[Path, list[str]
         parts = {split: (Part(f"images/{split}/{{}}", f"labels/{split}/{{}}.png"),) for split in ("train", "val")}
         return root, about["classes"], about["unseen"], None, about["first"], parts
     layout, facts = LAYOUTS[dataset], released(dataset)
-    return find_root(dataset, root), facts["classes"], facts["unseen"], facts["palette"], layout.first, {"train": layout.train, "val": layout.val}
+    return (
+        find_root(dataset, root),
+        facts["classes"],
+        facts["unseen"],
+        facts["palette"],
+        layout.first,
+        {"train": layout.train, "val": layout.val},
+    )
+
 
 def load_files(
     dataset: str,  # a key of LAYOUTS, or folder
@@ -212,9 +254,15 @@ def load_files(
     root, classes, _, _, first, parts = open_dataset(dataset, root)
     found = [pair for part in parts[split] for pair in pairs(part, root)]
     if not found:
-        raise FileNotFoundError(f"{dataset} has no {split} images below {root}: looked for {', '.join(part.image.format('*') for part in parts[split])}")
-    if dataset == "folder" and (outside := [path for pair in found for path in pair if not path.resolve().is_relative_to(root)]):
-        raise ValueError(f"{outside[0]} is a link to {outside[0].resolve()}, outside of {root}: copy the file into the folder")
+        raise FileNotFoundError(
+            f"{dataset} has no {split} images below {root}: looked for {', '.join(part.image.format('*') for part in parts[split])}"
+        )
+    if dataset == "folder" and (
+        outside := [path for pair in found for path in pair if not path.resolve().is_relative_to(root)]
+    ):
+        raise ValueError(
+            f"{outside[0]} is a link to {outside[0].resolve()}, outside of {root}: copy the file into the folder"
+        )
     return Files(found, id_table(len(classes), first), partial(advice, dataset, len(classes), first))
 
 # %% ../nbs/12_folders.ipynb #2c80e76a
@@ -227,7 +275,9 @@ def check_ids(
     "Mistakes that no single label map shows."
     total, problems, enough = counts.sum().item(), [], maps >= least
     if first and enough and not counts[0] and counts[IGNORE]:
-        problems.append(f"no pixel has the id 0, but {counts[IGNORE] / total:.0%} have 255: the labels seem to be shifted already, and would be shifted again; use those with ids 1 and up")
+        problems.append(
+            f"no pixel has the id 0, but {counts[IGNORE] / total:.0%} have 255: the labels seem to be shifted already, and would be shifted again; use those with ids 1 and up"
+        )
     if not first and enough and not counts[0] and counts[1:IGNORE].sum():
         problems.append("no pixel has the id 0, which is the first class: do the labels count from 1?")
     if total and counts[IGNORE] + counts[:first].sum() == total:
@@ -247,10 +297,14 @@ def check_part(
     "Problems of one part of a dataset."
     problems = []
     if expected and len(data) != expected:
-        problems.append(f"{len(data)} pairs, but the released dataset has {expected}: lists or files are missing, or more than they should be")
+        problems.append(
+            f"{len(data)} pairs, but the released dataset has {expected}: lists or files are missing, or more than they should be"
+        )
     for kind, paths in zip(("images", "label maps"), zip(*data.files)):
         if missing := [path for path in paths if not path.is_file()]:
-            problems.append(f"{len(missing)} of {len(paths)} {kind} are missing, the first is {missing[0]}: fetch or make them, or shorten the list")
+            problems.append(
+                f"{len(missing)} of {len(paths)} {kind} are missing, the first is {missing[0]}: fetch or make them, or shorten the list"
+            )
     there = [i for i, pair in enumerate(data.files) if all(path.is_file() for path in pair)]
     some = there if not sample else there[:: -(-len(there) // sample)] if there else []
     counts, faults = torch.zeros(256, dtype=torch.long), Counter()
@@ -261,7 +315,9 @@ def check_part(
             faults[str(e)] += 1
         else:
             counts += read_ids(data.files[i][1]).flatten().long().bincount(minlength=256)
-    problems += list(faults)[:3] + [f"{len(faults) - 3} more of the {len(some)} opened pairs have such a fault"] * (len(faults) > 3)
+    problems += list(faults)[:3] + [f"{len(faults) - 3} more of the {len(some)} opened pairs have such a fault"] * (
+        len(faults) > 3
+    )
     return problems + check_ids(first, counts, len(some))
 
 # %% ../nbs/12_folders.ipynb #d9aadb02

@@ -34,11 +34,14 @@ def to_rgb(
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits
         a = np.asarray(image)
-        image = from_array(a if image.mode == "F" else a.astype(np.uint16 if a.max() <= 65535 and a.min() >= 0 else a.dtype))
+        image = from_array(
+            a if image.mode == "F" else a.astype(np.uint16 if a.max() <= 65535 and a.min() >= 0 else a.dtype)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
 
 def from_array(
     a,  # (H, W), (H, W, c) or (c, H, W), c of 1, 3 or 4: uint8, uint16, or float in [0, 1]
@@ -51,12 +54,16 @@ def from_array(
         a = a.transpose(1, 2, 0)
     a = a[..., 0] if a.ndim == 3 and a.shape[-1] == 1 else a
     if a.ndim not in (2, 3) or 0 in a.shape or a.ndim == 3 and a.shape[-1] not in (3, 4):
-        raise ValueError(f"an image of shape {shape}: (H, W), (H, W, 3), (3, H, W), or these with a fourth channel for alpha, is needed")
+        raise ValueError(
+            f"an image of shape {shape}: (H, W), (H, W, 3), (3, H, W), or these with a fourth channel for alpha, is needed"
+        )
     if a.dtype.kind not in "buif":
         raise ValueError(f"an image of type {a.dtype}: uint8, uint16, or float in [0, 1] is needed")
     top = 1 if a.dtype.kind in "bf" else 65535 if a.dtype == np.uint16 else 255
     if not (a.min() >= 0 and a.max() <= top):
-        raise ValueError(f"an image of type {a.dtype} with values from {a.min():.4g} to {a.max():.4g}: 0 to {top} is needed; undo a normalisation first")
+        raise ValueError(
+            f"an image of type {a.dtype} with values from {a.min():.4g} to {a.max():.4g}: 0 to {top} is needed; undo a normalisation first"
+        )
     a = a >> 8 if top == 65535 else np.rint(a * np.float32(255)) if top == 1 else a
     return Image.fromarray(np.ascontiguousarray(a.astype(np.uint8)))
 
@@ -70,7 +77,9 @@ def open_image(
     if torch.is_tensor(source) or isinstance(source, np.ndarray):
         return to_rgb(from_array(source))
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"an image cannot be a {type(source).__name__}: a path, a PIL image, an array, a tensor, or a list of these is needed")
+        raise ValueError(
+            f"an image cannot be a {type(source).__name__}: a path, a PIL image, an array, a tensor, or a list of these is needed"
+        )
     path = str(source)
     if "://" in path or path.startswith("file:"):
         url = urlparse(path)
@@ -91,7 +100,9 @@ def open_image(
         raise ValueError(f"{path} is not an image in a format that Pillow reads") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise ValueError(f"{path} has over {limit:.0f} million pixels: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from None
+        raise ValueError(
+            f"{path} has over {limit:.0f} million pixels: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from None
     except (OSError, SyntaxError, EOFError, struct.error) as e:
         raise ValueError(f"{path} is damaged or cut short ({e})") from e
 
@@ -105,28 +116,46 @@ class Unreadable(ValueError):
 # %% ../nbs/10_images.ipynb #8dfa9edc
 MAX_PIXELS = 100_000_000  # of one image; more is a mistake or an attack
 
+
 def decode_checked(path: Path, what: str, decode: Callable):
     "`decode` of an opened image file. Raises Unreadable for whatever goes wrong with it."
     try:
         with warnings.catch_warnings(), Image.open(path) as f:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if f.width * f.height > MAX_PIXELS:
-                raise Unreadable(f"{path} claims {f.width} x {f.height} pixels, more than the {MAX_PIXELS:,} that are read: make it smaller, or take it out of the list")
+                raise Unreadable(
+                    f"{path} claims {f.width} x {f.height} pixels, more than the {MAX_PIXELS:,} that are read: make it smaller, or take it out of the list"
+                )
             return decode(f)
-    except (OSError, SyntaxError, ValueError, OverflowError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        OverflowError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as e:
         if isinstance(e, Unreadable):
             raise
         raise Unreadable(f"{path} cannot be read as {what} ({e}): fetch it again, or take it out of the list") from None
 
+
 def read_image(path: Path) -> Tensor:
     "An image (3, H, W), float in [0, 1]. Raises Unreadable."
-    return decode_checked(path, "an image", lambda f: tv.to_dtype(tv.pil_to_tensor(ImageOps.exif_transpose(f).convert("RGB")), torch.float32, scale=True))
+    return decode_checked(
+        path,
+        "an image",
+        lambda f: tv.to_dtype(tv.pil_to_tensor(ImageOps.exif_transpose(f).convert("RGB")), torch.float32, scale=True),
+    )
+
 
 def read_ids(path: Path) -> Tensor:
     "The ids (H, W) of a label map, uint8. Raises Unreadable, or ValueError for what is no label map."
     mode, ids = decode_checked(path, "a label map", lambda f: (f.mode, np.array(f) if f.mode in ("P", "L") else None))
     if ids is None:
-        raise ValueError(f"{path} is a {mode} picture: a label map has one channel of class ids in 8 bits; turn its colours into ids first")
+        raise ValueError(
+            f"{path} is a {mode} picture: a label map has one channel of class ids in 8 bits; turn its colours into ids first"
+        )
     return torch.from_numpy(ids)
 
 # %% ../nbs/10_images.ipynb #d9e42cf6
@@ -134,6 +163,7 @@ NORMALIZATIONS = {  # name -> mean and deviation of each channel, RGB in [0, 1]
     "imagenet": ((123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+
 
 def normalize(
     image: Tensor,  # (..., 3, H, W) float in [0, 1]
@@ -153,12 +183,14 @@ def fit_size(
     f = min(long / max(size) if long else float("inf"), short / min(size))
     return tuple(max(int(side * f + 0.5), 1) for side in size)
 
+
 def resize(
     image: Tensor,  # (3, H, W)
     size: tuple[int, int],  # pixels
 ) -> Tensor:  # (3, *size)
     "Bilinear interpolation without smoothing."
     return tv.resize(image, list(size), InterpolationMode.BILINEAR, antialias=False)
+
 
 def resize_label(
     label: Tensor,  # (H, W)

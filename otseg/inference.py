@@ -24,7 +24,9 @@ def window_starts(
 ) -> list[int]:  # first pixel of each window
     "Starts of the windows that cover one axis. Raises ValueError where the stride leaves gaps."
     if not 0 < stride <= window:
-        raise ValueError(f"stride = {stride} with window = {window}: the stride must be between 1 and the window's side")
+        raise ValueError(
+            f"stride = {stride} with window = {window}: the stride must be between 1 and the window's side"
+        )
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
 
@@ -85,6 +87,7 @@ def class_maps(
         prob -= lower[part, None, None].to(prob)
         yield part, prob if size == image_size else F.interpolate(prob, size=size, mode="bilinear", align_corners=False)
 
+
 def calibration_offsets(k: int, seen: Iterable[int] | None, calibration: float) -> Tensor:
     "What the calibration takes from each class (k,)."
     lower = torch.zeros(k)
@@ -110,12 +113,21 @@ def predict_probs(
     b, k = masks.mps.shape[1:3]
     out = torch.empty(b, k, *(image_size if size is None else size), device=image.device)
     size = None if size is None else tuple(size)
-    for part, prob in class_maps(corners, masks, image_size, model.encoder.visual.patch_size, mpsa_weight, calibration_offsets(k, seen, calibration), size):
+    for part, prob in class_maps(
+        corners,
+        masks,
+        image_size,
+        model.encoder.visual.patch_size,
+        mpsa_weight,
+        calibration_offsets(k, seen, calibration),
+        size,
+    ):
         out[:, part] = prob
     return out
 
 # %% ../nbs/22_inference.ipynb #2418e9ee
 PATH_WEIGHTS = {"mps": 0.0, "mpsa": 1.0, "ensemble": 0.5}  # path -> lambda
+
 
 @torch.no_grad()
 def predict_paths(
@@ -139,7 +151,9 @@ def predict_paths(
     for path in paths:
         best = torch.full((len(image), *size), -torch.inf, device=image.device)
         pred[path] = torch.zeros_like(best, dtype=torch.long)
-        for part, prob in class_maps(corners, masks, image_size, model.encoder.visual.patch_size, PATH_WEIGHTS.get(path, path), lower, size):
+        for part, prob in class_maps(
+            corners, masks, image_size, model.encoder.visual.patch_size, PATH_WEIGHTS.get(path, path), lower, size
+        ):
             for i, p in enumerate(prob.unbind(1), part.start):
                 pred[path].masked_fill_(p > best, i)
                 torch.maximum(best, p, out=best)

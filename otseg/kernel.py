@@ -17,6 +17,7 @@ except ImportError:  # no Triton for this platform: `fits` says so
 
 # %% ../nbs/41_kernel.ipynb #3a1a2c21
 if triton:
+
     @triton.jit
     def products(X, Y, N: tl.constexpr):
         "X Y^T (N, N) in float64, for tiles (N, M)."
@@ -46,6 +47,7 @@ if triton:
 
 # %% ../nbs/41_kernel.ipynb #84672d18
 if triton:
+
     @triton.jit
     def oscillation(x, prompt):
         "Largest less smallest entry of x (N,) among the prompts."
@@ -73,8 +75,25 @@ if triton:
 
 # %% ../nbs/41_kernel.ipynb #6c71cdac
 if triton:
+
     @triton.jit
-    def plan_kernel(C, mu, nu, T, done, m, n, per_eps, max_iter, tol, ridge, enough, M: tl.constexpr, N: tl.constexpr, LADDER: tl.constexpr):
+    def plan_kernel(
+        C,
+        mu,
+        nu,
+        T,
+        done,
+        m,
+        n,
+        per_eps,
+        max_iter,
+        tol,
+        ridge,
+        enough,
+        M: tl.constexpr,
+        N: tl.constexpr,
+        LADDER: tl.constexpr,
+    ):
         "Plan of one problem (n, m): C, mu, nu -> T; done: 1 where it converged. LADDER: in float64, for problems that are not done."
         p = tl.program_id(0).to(tl.int64)
         if LADDER:
@@ -116,7 +135,9 @@ if triton:
                 exact = tl.max(tl.abs(want - c) - enough * want, 0) <= 0
                 b = b + tl.where(exact, 0.0, step)
                 moved = oscillation(step, prompt)
-                finished = ((exact | (moved * moved < precision)) & (tl.sum(c, 0) > 0)).to(tl.int32)  # NaN is never finished
+                finished = ((exact | (moved * moved < precision)) & (tl.sum(c, 0) > 0)).to(
+                    tl.int32
+                )  # NaN is never finished
                 steps += 1
             climbing = (scale < 1).to(tl.int32)
             if climbing == 1:  # g = eps * a stays while eps falls to a quarter
@@ -131,6 +152,7 @@ if triton:
 
 # %% ../nbs/41_kernel.ipynb #03e68d5a
 if triton:
+
     @triton.jit
     def gradient_kernel(T, G, grad_C, grad_mu, grad_nu, m, n, per_eps, ridge, M: tl.constexpr, N: tl.constexpr):
         "Gradients of one problem (n, m) from its plan T and the gradient G in it."
@@ -152,10 +174,17 @@ if triton:
 # %% ../nbs/41_kernel.ipynb #b90cc5ba
 LARGEST = 2**14  # numbers in a tile, padding included
 
+
 def fits(C: Tensor) -> bool:
     "Whether the kernels take costs (p, n, m): float32, and a problem fits into the registers of a program."
     n, m = C.shape[1:]
-    return bool(triton) and C.dtype == torch.float32 and n <= 16 and triton.next_power_of_2(n) * triton.next_power_of_2(m) <= LARGEST
+    return (
+        bool(triton)
+        and C.dtype == torch.float32
+        and n <= 16
+        and triton.next_power_of_2(n) * triton.next_power_of_2(m) <= LARGEST
+    )
+
 
 def launch(kernel, C: Tensor, *args, **options):
     "Run a kernel for each problem of C (p, n, m)."
@@ -163,8 +192,11 @@ def launch(kernel, C: Tensor, *args, **options):
     with torch.cuda.device(C.device if C.is_cuda else -1):
         kernel[(len(C),)](*args, M=M, N=N, num_warps=min(max(N * M // 1024, 1), 16), **options)
 
+
 @torch.library.custom_op("otseg::solve_fused", mutates_args=())
-def solve_fused(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol: float, ridge: float) -> tuple[Tensor, Tensor]:
+def solve_fused(
+    C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol: float, ridge: float
+) -> tuple[Tensor, Tensor]:
     "Plans (p, n, m) for costs (p, n, m) and marginals mu (p, m), nu (p, n), and which converged (p,): as `otseg.ot.solve_plan`."
     (p, n, m), (C, mu, nu) = C.shape, (t.contiguous() for t in (C, mu, nu))
     T, done = torch.empty_like(C), torch.zeros(p, dtype=torch.int32, device=C.device)
@@ -173,9 +205,11 @@ def solve_fused(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, to
         launch(plan_kernel, C, C, mu, nu, T, done, m, n, 1 / eps, max_iter, tol, ridge, enough, LADDER=ladder)
     return T, done.bool()
 
+
 @solve_fused.register_fake
 def _(C, mu, nu, eps, max_iter, tol, ridge):
     return torch.empty_like(C, memory_format=torch.contiguous_format), C.new_empty(len(C), dtype=torch.bool)
+
 
 @torch.library.custom_op("otseg::gradient_fused", mutates_args=())
 def gradient_fused(T: Tensor, grad: Tensor, eps: float, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +218,7 @@ def gradient_fused(T: Tensor, grad: Tensor, eps: float, ridge: float) -> tuple[T
     out = torch.empty_like(T), T.new_empty(p, m), T.new_empty(p, n)
     launch(gradient_kernel, T, T, grad, *out, m, n, 1 / eps, ridge)
     return out
+
 
 @gradient_fused.register_fake
 def _(T, grad, eps, ridge):

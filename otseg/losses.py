@@ -31,7 +31,16 @@ def gauss_nodes(
     return where, pixels * vectors[0] ** 2
 
 # %% ../nbs/07_losses.ipynb #412286fb
-MAX_SLOPE_BY_NODES = {3: 0.23, 4: 0.68, 5: 1.3, 6: 2.1, 7: 3.2, 8: 4.3, 10: 5.9, 12: 7.4}  # nodes: difference of neighbouring logits
+MAX_SLOPE_BY_NODES = {
+    3: 0.23,
+    4: 0.68,
+    5: 1.3,
+    6: 2.1,
+    7: 3.2,
+    8: 4.3,
+    10: 5.9,
+    12: 7.4,
+}  # nodes: difference of neighbouring logits
 
 # %% ../nbs/07_losses.ipynb #1b613405
 def points(
@@ -57,11 +66,14 @@ def points(
 
 # %% ../nbs/07_losses.ipynb #cca23f21
 @lru_cache(maxsize=256)
-def interpolation(size_in: int, size_out: int, nodes: int | None, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def interpolation(
+    size_in: int, size_out: int, nodes: int | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     "Matrix (points, size_in) of linear interpolation at the points, and their weights; made once."
     at, weight = points(size_in, size_out, nodes)
     U = (1 - (at[:, None] - torch.arange(size_in)).abs()).clamp_min(0)
     return U.to(device, dtype), weight.to(device, dtype)
+
 
 @lru_cache(maxsize=256)
 def bands(
@@ -71,18 +83,28 @@ def bands(
     rows: int,  # points in a band
     dtype: torch.dtype,
     device: torch.device,
-) -> list[tuple[slice, slice, Tensor, Tensor]]:  # rows of points, rows of tokens that they depend on, matrix between the two, weights
+) -> list[
+    tuple[slice, slice, Tensor, Tensor]
+]:  # rows of points, rows of tokens that they depend on, matrix between the two, weights
     "That matrix cut into bands, without the columns that are zero there."
     (U, weight), pieces = interpolation(size_in, size_out, nodes, dtype, torch.device("cpu")), []
     for top in range(0, len(U), rows):
         part = U[top : top + rows]
         used = part.any(0).nonzero()
         columns = slice(used[0].item(), used[-1].item() + 1)
-        pieces.append((slice(top, top + rows), columns, part[:, columns].contiguous().to(device), weight[top : top + rows].to(device)))
+        pieces.append(
+            (
+                slice(top, top + rows),
+                columns,
+                part[:, columns].contiguous().to(device),
+                weight[top : top + rows].to(device),
+            )
+        )
     return pieces
 
 # %% ../nbs/07_losses.ipynb #fbd56922
 ALPHA = 0.25  # weight of a positive pixel in the focal loss; a negative one has 1 - ALPHA
+
 
 def sigmoid_and_softplus(
     z: Tensor,  # logits for the wrong answer, any shape
@@ -95,6 +117,7 @@ def sigmoid_and_softplus(
     E = z.exp()
     right = (1 + E).reciprocal_()
     return E * right, right, E.log1p_()
+
 
 def focal_terms(
     z: Tensor,  # logits for the wrong answer, any shape
@@ -133,9 +156,16 @@ def present_mask_loss(
     image: Tensor,  # which image each mask is of (r,)
     category: Tensor,  # and which class (r,)
     safe_exp: bool,  # whether all logits are in (-80, 80)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sum of the focal losses, its derivative (h, r, W); dice (r,), its derivative
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor
+]:  # sum of the focal losses, its derivative (h, r, W); dice (r,), its derivative
     "Focal loss and dice of masks with positives and negatives."
-    focal, I, D, down = 0, 0, 1, torch.zeros(3, *wide.shape, dtype=wide.dtype, device=wide.device)  # derivatives: focal's, p(1-p), p(1-p)t
+    focal, I, D, down = (
+        0,
+        0,
+        1,
+        torch.zeros(3, *wide.shape, dtype=wide.dtype, device=wide.device),
+    )  # derivatives: focal's, p(1-p), p(1-p)t
     for rows, tokens, U, _ in pieces:
         t = (label[image, rows] == category[:, None, None]).transpose(0, 1).to(wide.dtype)  # (rows, r, W)
         s = 1 - 2 * t
@@ -152,26 +182,36 @@ def present_mask_loss(
 # %% ../nbs/07_losses.ipynb #afd3230d
 BAND = 16  # rows of points
 
+
 def iter_mask_chunks(
     masks: Tensor,  # logits (r, h, w)
     chosen: Tensor,  # indices of masks
     size: tuple[int, int],  # of the label, pixels
     chunk: int,  # points at a time
     nodes: int | None = None,  # between two tokens; None: pixels
-) -> Iterator[tuple[Tensor, Tensor, list, Tensor, Tensor | None]]:  # which masks, their logits (h, r, X), `bands`, matrix of the columns, their weights unless they are pixels
+) -> Iterator[
+    tuple[Tensor, Tensor, list, Tensor, Tensor | None]
+]:  # which masks, their logits (h, r, X), `bands`, matrix of the columns, their weights unless they are pixels
     "The chosen masks, a few at a time, widened."
     here = masks.dtype, masks.device
     columns, weight = interpolation(masks.shape[2], size[1], nodes, *here)
     rows = max(min(BAND, chunk // len(columns)), 1)
     pieces = bands(masks.shape[1], size[0], nodes, rows, *here)
     for part in chosen.split(max(chunk // (rows * len(columns)), 1)):
-        yield part, (masks[part] @ columns.T).transpose(0, 1).contiguous(), pieces, columns, None if nodes is None else weight
+        yield (
+            part,
+            (masks[part] @ columns.T).transpose(0, 1).contiguous(),
+            pieces,
+            columns,
+            None if nodes is None else weight,
+        )
 
 # %% ../nbs/07_losses.ipynb #bb39491f
 def steepness(masks: Tensor) -> Tensor:
     "Largest difference (r,) of neighbouring logits (r, h, w)."
     differences = [masks.diff(dim=axis).abs().flatten(1) for axis in (1, 2)]
     return F.pad(torch.cat(differences, 1), (0, 1)).amax(1)
+
 
 def group_by_node_count(
     masks: Tensor,  # logits (r, h, w)
@@ -201,7 +241,10 @@ class ChunkedMaskLoss(torch.autograd.Function):
             value, grad, ratio, slope = present_mask_loss(wide, pieces, label, part // k, part % k, safe_exp)
             focal += value
             dice += torch.where(present[part], ratio, 0).sum()
-            grad_focal[part], grad_dice[part] = grad.transpose(0, 1) @ columns, slope.transpose(0, 1) @ columns * present[part, None, None]
+            grad_focal[part], grad_dice[part] = (
+                grad.transpose(0, 1) @ columns,
+                slope.transpose(0, 1) @ columns * present[part, None, None],
+            )
         for nodes, chosen in group_by_node_count(masks, order[max_present:]):
             for part, wide, pieces, columns, weight in iter_mask_chunks(masks, chosen, size, chunk, nodes):
                 value, grad = absent_mask_loss(wide, pieces, weight, safe_exp)
@@ -226,6 +269,7 @@ def present_classes(
     present = torch.zeros(len(label), k + 1, dtype=torch.bool, device=label.device)
     return present.scatter_(1, torch.where(label == IGNORE, k, label).flatten(1), True)[:, :k]
 
+
 def num_masks(present: Tensor) -> Tensor:
     "Pairs of an image and a class present in it, averaged over the processes of a distributed run, at least 1."
     N = present.sum().float()
@@ -239,18 +283,27 @@ def check_labels(logits: Tensor, label: Tensor):
     "Refuse labels that do not fit; their values are looked at on the CPU only, since a GPU would have to wait. Raises ValueError."
     b, k = logits.shape[:2]
     if label.dim() != 3 or len(label) != b:
-        raise ValueError(f"label has shape {tuple(label.shape)} but logits {tuple(logits.shape)}: labels are (b, H, W) with the same b")
+        raise ValueError(
+            f"label has shape {tuple(label.shape)} but logits {tuple(logits.shape)}: labels are (b, H, W) with the same b"
+        )
     if label.dtype != torch.int64:
         raise ValueError(f"label is {label.dtype} but class indices are needed as torch.int64: label.long()")
     if label.device.type == "cpu" and (wrong := label[(label >= k) & (label != IGNORE) | (label < 0)]).numel():
-        raise ValueError(f"label holds class {wrong[0].item()} but there are logits for {k} classes: check the dataset's label offset")
+        raise ValueError(
+            f"label holds class {wrong[0].item()} but there are logits for {k} classes: check the dataset's label offset"
+        )
+
 
 def mask_loss(
     logits: Tensor,  # mask logits (b, k, h, w), at token or any other resolution
     label: Tensor,  # class of each pixel (b, H, W), int64; 255: ignore, a negative for every class
-    chunk: int | None = None,  # logits at full resolution at a time; by default what a core's cache holds, or a GPU is busy with
-    normalizer: Tensor | float | None = None,  # what the sums are divided by; the batch's own number of masks by default
-    max_present: int | None = None,  # the batch has no more masks with a pixel than this; None: they are counted, for which a GPU is waited for
+    chunk: int
+    | None = None,  # logits at full resolution at a time; by default what a core's cache holds, or a GPU is busy with
+    normalizer: Tensor
+    | float
+    | None = None,  # what the sums are divided by; the batch's own number of masks by default
+    max_present: int
+    | None = None,  # the batch has no more masks with a pixel than this; None: they are counted, for which a GPU is waited for
 ) -> dict[str, Tensor]:  # {'focal': scalar, 'dice': scalar}, unweighted
     "Sigmoid focal loss and dice loss of all class masks (Section 3.4 of the paper). Raises ValueError for labels that do not fit."
     check_labels(logits, label)
@@ -261,7 +314,9 @@ def mask_loss(
         if cpu or max_present is None:
             found = int(present.sum())
             if max_present is not None and found > max_present:
-                raise ValueError(f"max_present = {max_present} but label has pixels of {found} masks, pairs of an image and a class")
+                raise ValueError(
+                    f"max_present = {max_present} but label has pixels of {found} masks, pairs of an image and a class"
+                )
             max_present = found
         chunk = chunk or (2**17 * torch.get_num_threads() if cpu else 2**23)
         focal, dice = ChunkedMaskLoss.apply(logits, label, present, max_present, chunk)
@@ -278,5 +333,8 @@ def training_loss(
 ) -> dict[str, Tensor]:  # weighted terms 'mps_focal', 'mps_dice', 'mpsa_focal', 'mpsa_dice'; their sum is the loss
     "Weighted loss terms of both paths."
     weight = {"focal": focal, "dice": dice}
-    return {f"{path}_{term}": weight[term] * value
-            for path, logits in masks._asdict().items() for term, value in mask_loss(logits, label, **options).items()}
+    return {
+        f"{path}_{term}": weight[term] * value
+        for path, logits in masks._asdict().items()
+        for term, value in mask_loss(logits, label, **options).items()
+    }

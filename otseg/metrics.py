@@ -9,47 +9,60 @@ __all__ = ['METRICS', 'confusion', 'zs3_metrics']
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .images import IGNORE
-
 METRICS = {"pacc": "pAcc", "miou_seen": "S", "miou_unseen": "U", "hiou": "hIoU"}  # key in records -> title
 
 # %% ../nbs/21_metrics.ipynb #aa938f9d
-def confusion(pred, # (..., H, W) predicted class indices, 0 <= pred < k
-              label, # (..., H, W) true class indices, or `ignore`; same shape as `pred`
-              k, # number of classes
-              ignore=255 # label of the pixels that do not count
-             ): # (k, k) int64 counts of pixels, rows = truth, columns = prediction
+def confusion(
+    pred,  # (..., H, W) predicted class indices, 0 <= pred < k
+    label,  # (..., H, W) true class indices, or `ignore`; same shape as `pred`
+    k,  # number of classes
+    ignore=255,  # label of the pixels that do not count
+):  # (k, k) int64 counts of pixels, rows = truth, columns = prediction
     "Count how often each true class was predicted as each class. Raises `ValueError` on values that are no class."
     pred, label = (torch.as_tensor(t).long() for t in (pred, label))
-    if pred.shape != label.shape: raise ValueError(f"pred has shape {tuple(pred.shape)} but label has {tuple(label.shape)}: resize the prediction to the label")
+    if pred.shape != label.shape:
+        raise ValueError(
+            f"pred has shape {tuple(pred.shape)} but label has {tuple(label.shape)}: resize the prediction to the label"
+        )
     keep = label != ignore
     pred, label = pred[keep], label[keep]
-    for name, t, hint in (('pred', pred, ''), ('label', label, f", or {ignore} to ignore a pixel: remap the label files or use their own class list")):
+    for name, t, hint in (
+        ("pred", pred, ""),
+        ("label", label, f", or {ignore} to ignore a pixel: remap the label files or use their own class list"),
+    ):
         bad = t[(t < 0) | (t >= k)]
-        if len(bad): raise ValueError(f"{name} holds {bad[0].item()} but there are {k} classes: expected 0 to {k - 1}{hint}")
+        if len(bad):
+            raise ValueError(f"{name} holds {bad[0].item()} but there are {k} classes: expected 0 to {k - 1}{hint}")
     return multiclass_confusion_matrix(pred, label, k, validate_args=False)
 
 # %% ../nbs/21_metrics.ipynb #5f214c77
 def _indices(name, classes, k):
     "`classes` as a checked list of distinct class indices."
     classes = [int(i) for i in classes]
-    if bad := [i for i in classes if not 0 <= i < k]: raise ValueError(f"{name} holds class {bad[0]} but the confusion matrix has {k} classes: expected 0 to {k - 1}")
-    if len(set(classes)) < len(classes): raise ValueError(f"{name} names a class twice: {classes}")
+    if bad := [i for i in classes if not 0 <= i < k]:
+        raise ValueError(f"{name} holds class {bad[0]} but the confusion matrix has {k} classes: expected 0 to {k - 1}")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"{name} names a class twice: {classes}")
     return classes
 
-def _harmonic(s, u): return 0. if s + u == 0 else 2*s*u/(s + u)
+
+def _harmonic(s, u):
+    return 0.0 if s + u == 0 else 2 * s * u / (s + u)
 
 # %% ../nbs/21_metrics.ipynb #03c88b14
-def zs3_metrics(confusion, # (k, k) counts of pixels, rows = truth
-                seen, # indices of the seen classes
-                unseen # indices of the unseen classes
-               ): # dict: floats pacc, miou_seen, miou_unseen, hiou and iou (k,) float64, all fractions; nan where undefined
+def zs3_metrics(
+    confusion,  # (k, k) counts of pixels, rows = truth
+    seen,  # indices of the seen classes
+    unseen,  # indices of the unseen classes
+):  # dict: floats pacc, miou_seen, miou_unseen, hiou and iou (k,) float64, all fractions; nan where undefined
     "Scores of generalised zero-shot segmentation, from unrounded values. Raises `ValueError` if `seen` and `unseen` overlap or are out of range."
     c = torch.as_tensor(confusion).double().cpu()
-    if c.ndim != 2 or c.shape[0] != c.shape[1]: raise ValueError(f"confusion has shape {tuple(c.shape)}: expected (k, k)")
-    seen, unseen = (_indices(name, classes, len(c)) for name, classes in (('seen', seen), ('unseen', unseen)))
-    if both := set(seen) & set(unseen): raise ValueError(f"classes {sorted(both)} are both seen and unseen: a class belongs to one side")
+    if c.ndim != 2 or c.shape[0] != c.shape[1]:
+        raise ValueError(f"confusion has shape {tuple(c.shape)}: expected (k, k)")
+    seen, unseen = (_indices(name, classes, len(c)) for name, classes in (("seen", seen), ("unseen", unseen)))
+    if both := set(seen) & set(unseen):
+        raise ValueError(f"classes {sorted(both)} are both seen and unseen: a class belongs to one side")
     hit = c.diagonal()
-    iou = hit/(c.sum(0) + c.sum(1) - hit)  # (k,), 0/0 = nan for a class that never present_labels
+    iou = hit / (c.sum(0) + c.sum(1) - hit)  # (k,), 0/0 = nan for a class that never present_labels
     s, u = iou[seen].nanmean().item(), iou[unseen].nanmean().item()
-    return dict(pacc=(hit.sum()/c.sum()).item(), miou_seen=s, miou_unseen=u, hiou=_harmonic(s, u), iou=iou)
+    return dict(pacc=(hit.sum() / c.sum()).item(), miou_seen=s, miou_unseen=u, hiou=_harmonic(s, u), iou=iou)

@@ -45,6 +45,7 @@ def class_embeddings_of(
         text = class_embeddings(names, templates, clip)
     return text.repeat(1, recipe.template_repeats, 1)
 
+
 def build_model(
     recipe: Recipe,
     bench: Benchmark,
@@ -52,18 +53,30 @@ def build_model(
     "The model that a recipe describes, with freshly initialised weights."
     clip = bench.clip()
     return OTSeg(
-        visual=clip.visual, text=class_embeddings_of(recipe, bench, clip), image_size=recipe.image_size,
-        visual_prompts=recipe.visual_prompts, depth=recipe.depth, attention=recipe.attention, eps=recipe.eps,
-        plan=recipe.plan, dropout=recipe.dropout, init_from_clip=recipe.init_from_clip,
+        visual=clip.visual,
+        text=class_embeddings_of(recipe, bench, clip),
+        image_size=recipe.image_size,
+        visual_prompts=recipe.visual_prompts,
+        depth=recipe.depth,
+        attention=recipe.attention,
+        eps=recipe.eps,
+        plan=recipe.plan,
+        dropout=recipe.dropout,
+        init_from_clip=recipe.init_from_clip,
     )
 
 # %% ../nbs/25_models.ipynb #1198f4b3
 def describe_run(recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
     "Header of a checkpoint."
     return {
-        "recipe": asdict(recipe), "classes": bench.classes, "unseen": bench.unseen,
-        "templates": recipe.text_prompts, "iteration": iteration, **provenance(),
+        "recipe": asdict(recipe),
+        "classes": bench.classes,
+        "unseen": bench.unseen,
+        "templates": recipe.text_prompts,
+        "iteration": iteration,
+        **provenance(),
     }
+
 
 def finite_weights(model: OTSeg, iteration: int) -> dict[str, Tensor]:
     "The trained weights. Raises FloatingPointError if one is not finite."
@@ -71,8 +84,10 @@ def finite_weights(model: OTSeg, iteration: int) -> dict[str, Tensor]:
     if bad := [name for name, w in weights.items() if not w.isfinite().all()]:
         raise FloatingPointError(
             f"{bad[0]} is not finite after iteration {iteration}: it was not saved; "
-            "a smaller lr, or precision = 'no', may help")
+            "a smaller lr, or precision = 'no', may help"
+        )
     return weights
+
 
 def save_checkpoint(
     path: Path,  # .safetensors file to write
@@ -105,6 +120,7 @@ def first_difference(theirs, ours) -> tuple[int, str, str]:
     pairs = enumerate(zip_longest(theirs, ours))
     return next((i, *pair) for i, pair in pairs if pair[0] != pair[1])
 
+
 def load_trainable_state(model: OTSeg, state: dict[str, Tensor], path):
     "Load trained weights into a model. Raises ValueError for the first tensor that is missing, unknown or misshapen."
     ours = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
@@ -113,8 +129,10 @@ def load_trainable_state(model: OTSeg, state: dict[str, Tensor], path):
         there, here = theirs.get(wrong[0], "missing"), ours.get(wrong[0], "unknown")
         raise ValueError(
             f"{path} does not fit this model: {wrong[0]} is {there} there but {here} here "
-            f"({len(wrong)} tensors differ); was the recipe changed?")
+            f"({len(wrong)} tensors differ); was the recipe changed?"
+        )
     model.load_state_dict(state, strict=False)
+
 
 def load_weights(
     model: OTSeg,
@@ -127,7 +145,8 @@ def load_weights(
         i, there, here = first_difference(header["classes"], classes)
         raise ValueError(
             f"{path} was trained for {len(header['classes'])} classes but here are {len(classes)}; "
-            f"the first that differs, number {i}, is {there!r} there and {here!r} here")
+            f"the first that differs, number {i}, is {there!r} there and {here!r} here"
+        )
     load_trainable_state(model, state, path)
     return header
 
@@ -139,7 +158,9 @@ def own_benchmark(
     "The classes that a checkpoint was trained for. Images of one's own folder are not available: they raise FileNotFoundError."
     r = header["recipe"]
     if r.dataset != "folder":
-        return load_benchmark(BenchmarkSource(r.dataset, r.split, unseen=r.unseen, clip=r.clip, clip_weights=clip_weights))
+        return load_benchmark(
+            BenchmarkSource(r.dataset, r.split, unseen=r.unseen, clip=r.clip, clip_weights=clip_weights)
+        )
 
     def no_images(split):
         raise FileNotFoundError("a checkpoint does not know where its folder of images is: give root")
@@ -147,26 +168,34 @@ def own_benchmark(
     clip = partial(clip_by_name, r.clip, clip_weights)
     return Benchmark("folder", tuple(header["classes"]), tuple(header["unseen"]), no_images, clip)
 
+
 def check_official_classes(path, config: dict, own: Benchmark):
     "Refuse an official checkpoint that was trained for other classes than the named dataset has, as far as the file tells."
     k, names = len(own.classes), config["classes"]
     if config["trained"] not in (None, len(own.seen), k):
         raise ValueError(
             f"{path} was trained with {config['trained']} classes, but {own.name} has {k}, {len(own.seen)} of them "
-            "seen: name the dataset that it was trained on")
+            "seen: name the dataset that it was trained on"
+        )
     if names and list(names) != list(own.classes):
         i, there, here = first_difference(names, own.classes)
         warnings.warn(
             f"{path} names its class {i} {there!r}, {own.name} has {here!r} there: "
-            "if these are different things, the classes are in another order")
+            "if these are different things, the classes are in another order"
+        )
 
 # %% ../nbs/25_models.ipynb #d68be19b
 def for_target(recipe: Recipe, target: str) -> Recipe:
     "The recipe with the test images of another dataset, and without calibration."
     there = resolve(target, recipe.setting)
     return replace(
-        recipe, test_short_side=there.test_short_side, test_long_side=there.test_long_side,
-        normalization=there.normalization, calibration=0.0)
+        recipe,
+        test_short_side=there.test_short_side,
+        test_long_side=there.test_long_side,
+        normalization=there.normalization,
+        calibration=0.0,
+    )
+
 
 def load_model(
     path: str | Path,  # checkpoint of ours, or an official one
@@ -182,7 +211,11 @@ def load_model(
     else:
         state, config = read_official(path)
         recipe = change(trained, visual_prompts=config["visual_prompts"], depth=config["depth"])
-        own = load_benchmark(BenchmarkSource(recipe.dataset, recipe.split, unseen=recipe.unseen, clip=recipe.clip, clip_weights=clip_weights))
+        own = load_benchmark(
+            BenchmarkSource(
+                recipe.dataset, recipe.split, unseen=recipe.unseen, clip=recipe.clip, clip_weights=clip_weights
+            )
+        )
         check_official_classes(path, config, own)
     bench = own if target is None else replace(target, clip=own.clip)
     recipe = recipe if bench.name == own.name else for_target(recipe, bench.name)
@@ -205,6 +238,7 @@ def is_ours(path: str | Path) -> bool:
     except Exception:  # mmcv checkpoints are pickles
         return False
 
+
 def official_recipe(
     path: str | Path,  # official checkpoint, or one that `convert` made
     clip: str = "ViT-B-16-quickgelu",  # open_clip's name of the architecture
@@ -221,6 +255,7 @@ def official_recipe(
 # %% ../nbs/25_models.ipynb #2b1b0076
 ASSETS = files("otseg") / "assets"
 DEFAULT_CHECKPOINT = ASSETS / "digits_otseg.safetensors"
+
 
 def half_checkpoint(
     checkpoint: str | Path,  # checkpoint of ours

@@ -21,7 +21,9 @@ def cosine(
 ) -> Tensor:  # cosine similarity (b, k, m, n), float32 or better
     "Cosine of each pixel and each prompt."
     if x.shape[-1] != q.shape[-1]:
-        raise ValueError(f"pixels have {x.shape[-1]} channels but queries {q.shape[-1]}: both must come from the same embedding")
+        raise ValueError(
+            f"pixels have {x.shape[-1]} channels but queries {q.shape[-1]}: both must come from the same embedding"
+        )
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
         x, q = F.normalize(x.to(wide), dim=-1), F.normalize(q.to(wide), dim=-1)

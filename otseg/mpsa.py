@@ -32,6 +32,7 @@ class PlanScore(nn.Module):
         self,
         d: int,  # embedding size
         eps: float = 0.05,  # entropic regularisation
+        *,
         plan: Callable = sinkhorn,  # (cost, eps=) -> plan, one of `otseg.ot.PLANS`; `uniform_plan` switches the transport off
     ):
         super().__init__()
@@ -44,7 +45,7 @@ class PlanScore(nn.Module):
         T = self.plan(1 - S, eps=self.eps)
         return T, plan_score(S, T)
 
-    def shares(self, q: Tensor, x: Tensor) -> Tensor:
+    def attention_weights(self, q: Tensor, x: Tensor) -> Tensor:
         "What each prompt takes of the pixels (b, k, m, n); sums to 1 over m."
         T = self.transport(q, x)[0]
         return T / T.sum(-2, keepdim=True)
@@ -61,11 +62,12 @@ class MPSA(PlanScore):
         self,
         d: int,  # embedding size
         eps: float = 0.05,  # entropic regularisation
+        *,
         dropout: float = 0.1,  # on the plan, while training
         plan: Callable = sinkhorn,  # (cost, eps=) -> plan
     ):
-        super().__init__(d, eps, plan)
-        self.v, self.proj, self.dropout = nn.Linear(d, d), nn.Linear(d, d), dropout
+        super().__init__(d, eps, plan=plan)
+        self.v, self.proj, self.dropout = nn.Linear(d, d), nn.Linear(d, d), nn.Dropout(dropout)
 
     def forward(
         self,
@@ -74,8 +76,7 @@ class MPSA(PlanScore):
     ) -> tuple[Tensor, Tensor]:  # gathered values (b, k, n, d), score (b, k, m)
         "What each prompt gathers from its share of the pixels, and the class scores."
         T, score = self.transport(q, x)
-        T = F.dropout(T, self.dropout, self.training)
-        return self.proj(gather(T, self.v(x))), score
+        return self.proj(gather(self.dropout(T), self.v(x))), score
 
 # %% ../nbs/02_mpsa.ipynb #d3a9cf91
 def gather(T: Tensor, v: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class SoftmaxScore(nn.Module):
         key = self.k(x).unflatten(-1, (self.heads, -1))  # (b, m, heads, d/heads)
         return torch.einsum("bknae,bmae->baknm", query, key) * query.shape[-1] ** -0.5
 
-    def shares(self, q: Tensor, x: Tensor) -> Tensor:
+    def attention_weights(self, q: Tensor, x: Tensor) -> Tensor:
         "What each prompt takes of the pixels (b, k, m, n), averaged over heads; sums to 1 over m."
         return self.logits(q, x).softmax(-1).mean(1).mT
 
@@ -121,12 +122,12 @@ class SoftmaxAttention(SoftmaxScore):
         dropout: float = 0.1,  # on the attention, while training
     ):
         super().__init__(d, heads)
-        self.v, self.proj, self.dropout = nn.Linear(d, d), nn.Linear(d, d), dropout
+        self.v, self.proj, self.dropout = nn.Linear(d, d), nn.Linear(d, d), nn.Dropout(dropout)
 
     def forward(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         "What each prompt gathers, and the class scores."
         logits = self.logits(q, x)
-        A = F.dropout(logits.softmax(-1), self.dropout, self.training)
+        A = self.dropout(logits.softmax(-1))
         value = self.v(x).unflatten(-1, (self.heads, -1))
         return self.proj(torch.einsum("baknm,bmae->bknae", A, value).flatten(-2)), logits.mean((1, 3))
 
@@ -160,6 +161,7 @@ class Decoder(nn.Module):
         self,
         d: int,  # embedding size
         depth: int = 3,  # number of scores L, the last layer's included
+        *,
         attention: str = "mpsa",  # "mpsa", "uniform" (MPSA with the plan held uniform) or "softmax" (multi-head cross-attention)
         eps: float = 0.05,  # entropic regularisation
         dropout: float = 0.1,  # everywhere in the decoder
@@ -188,18 +190,28 @@ class Decoder(nn.Module):
         score = self.score(q, x)
         return score * torch.stack(log_agreement).mean(0).exp() if log_agreement else score
 
-    def shares(self, q: Tensor, x: Tensor) -> list[Tensor]:  # of each layer, (b, k, m, n)
+    def attention_weights(self, q: Tensor, x: Tensor) -> list[Tensor]:  # of each layer, (b, k, m, n)
         "What the prompts of each layer take of the pixels; sums to 1 over m."
         found = []
         for layer in self.layers:
-            found.append(layer.attn.shares(q, x))
+            found.append(layer.attn.attention_weights(q, x))
             q = layer(q, x)[0]
-        return [*found, self.score.shares(q, x)]
+        return [*found, self.score.attention_weights(q, x)]
+
 
 ATTENTIONS = {  # name -> (d, eps, dropout, heads, plan) -> constructors of a layer's attention and of the last layer's score
-    "mpsa": lambda d, eps, dropout, heads, plan: (lambda: MPSA(d, eps, dropout, plan), lambda: PlanScore(d, eps, plan)),
-    "uniform": lambda d, eps, dropout, heads, plan: (lambda: MPSA(d, eps, dropout, uniform_plan), lambda: PlanScore(d, eps, uniform_plan)),
-    "softmax": lambda d, eps, dropout, heads, plan: (lambda: SoftmaxAttention(d, heads, dropout), lambda: SoftmaxScore(d, heads)),
+    "mpsa": lambda d, eps, dropout, heads, plan: (
+        lambda: MPSA(d, eps, dropout=dropout, plan=plan),
+        lambda: PlanScore(d, eps, plan=plan),
+    ),
+    "uniform": lambda d, eps, dropout, heads, plan: (
+        lambda: MPSA(d, eps, dropout=dropout, plan=uniform_plan),
+        lambda: PlanScore(d, eps, plan=uniform_plan),
+    ),
+    "softmax": lambda d, eps, dropout, heads, plan: (
+        lambda: SoftmaxAttention(d, heads, dropout),
+        lambda: SoftmaxScore(d, heads),
+    ),
 }
 
 # %% ../nbs/02_mpsa.ipynb #aa7e1a23

@@ -7,7 +7,6 @@ __all__ = ['official_name', 'official_config', 'TensorStatus', 'match_tensors', 
            'read_official', 'convert', 'load_official']
 
 # %% ../nbs/24_official.ipynb #ccf0002b
-import argparse
 import json
 import math
 import re
@@ -22,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .clip import read_weights, visual_tower
-from .text import read_embeddings
 from .model import OTSeg
+from .text import read_embeddings
 
 # %% ../nbs/24_official.ipynb #7ddb9ba1
 _NAMES = [  # (ours, official); `last` is the number of the last decoder layer
@@ -36,6 +35,7 @@ _NAMES = [  # (ours, official); `last` is the number of the last decoder layer
     (r"decoder\.layers\.(\d+)\.norm1\.", r"decode_head.decoder_1.layers.\1.norm2."),
     (r"decoder\.layers\.(\d+)\.linear", r"decode_head.decoder_1.layers.\1.linear"),
 ]
+
 
 def official_name(
     name: str,  # of a tensor of `OTSeg`
@@ -53,9 +53,12 @@ def official_config(
     meta: Mapping | None = None,  # what mmcv keeps beside the weights
 ) -> dict:  # width, layers, heads, patch, grid, dim, prompts, depth; trained, classes, iteration where known
     "Sizes of the model that official weights belong to. Raises `ValueError`."
+
     def shape(name):
         if name not in state:
-            raise ValueError(f"these are not the weights of an official OTSeg: {name} is missing; they begin with {', '.join(list(state)[:3])}")
+            raise ValueError(
+                f"these are not the weights of an official OTSeg: {name} is missing; they begin with {', '.join(list(state)[:3])}"
+            )
         return state[name].shape
 
     def count(pattern):
@@ -64,12 +67,22 @@ def official_config(
     (width, _, patch, _), (rows, _) = shape("backbone.conv1.weight"), shape("backbone.positional_embedding")
     grid = math.isqrt(rows - 1)
     if grid**2 != rows - 1:
-        raise ValueError(f"backbone.positional_embedding has {rows} rows: 1 for the class token and a square number, {grid**2} or {(grid + 1)**2}, are needed")
+        raise ValueError(
+            f"backbone.positional_embedding has {rows} rows: 1 for the class token and a square number, {grid**2} or {(grid + 1) ** 2}, are needed"
+        )
     weights, meta = state.get("decode_head.loss_decode.criterion.empty_weight"), meta or {}
     return dict(
-        width=width, layers=count(r"backbone\.transformer\.resblocks\.(\d+)\."), heads=max(width // 64, 1), patch=patch, grid=grid,
-        dim=shape("backbone.proj")[1], visual_prompts=shape("backbone.prompt_embeddings")[1], depth=count(r"decode_head\.decoder_1\.layers\.(\d+)\."),
-        trained=None if weights is None else len(weights) - 1, classes=list(meta.get("CLASSES") or []) or None, iteration=meta.get("iter"),
+        width=width,
+        layers=count(r"backbone\.transformer\.resblocks\.(\d+)\."),
+        heads=max(width // 64, 1),
+        patch=patch,
+        grid=grid,
+        dim=shape("backbone.proj")[1],
+        visual_prompts=shape("backbone.prompt_embeddings")[1],
+        depth=count(r"decode_head\.decoder_1\.layers\.(\d+)\."),
+        trained=None if weights is None else len(weights) - 1,
+        classes=list(meta.get("CLASSES") or []) or None,
+        iteration=meta.get("iter"),
     )
 
 # %% ../nbs/24_official.ipynb #dff5ef44
@@ -81,12 +94,17 @@ class TensorStatus(NamedTuple):
     fate: str  # used, ignored, misfit, missing, unknown
     note: str  # our name, or the reason
 
+
 _IGNORED = [  # (official name, reason); `last` is the number of the last decoder layer
     (r"text_encoder\.", "text tower: class embeddings come from class names"),
     (r"decode_head\.loss_decode\.", "class weights of the loss"),
     (r"decode_head\.decoder_1\.layers\.\d+\.(self_attn|norm1)\.", "self-attention, built but never called"),
-    (r"decode_head\.decoder_1\.layers\.{last}\.(multihead_attn\.(v|proj)|linear\d|norm\d)\.", "last layer after its score, never read"),
+    (
+        r"decode_head\.decoder_1\.layers\.{last}\.(multihead_attn\.(v|proj)|linear\d|norm\d)\.",
+        "last layer after its score, never read",
+    ),
 ]
+
 
 def match_tensors(
     state: Mapping[str, Tensor],  # official names
@@ -95,18 +113,49 @@ def match_tensors(
     "The fate of each tensor of the file and of the model."
     c = config
     with torch.device("meta"):  # shapes without memory
-        visual = visual_tower(c["width"], c["layers"], 1, c["patch"], c["grid"] * c["patch"], c["dim"])
-        model = OTSeg(visual=visual, text=torch.empty(1, 1, c["dim"]), visual_prompts=c["visual_prompts"], depth=c["depth"])
-    ours = {official_name(name, c["depth"]): (name, tuple(value.shape)) for name, value in model.state_dict().items() if name != "text"}
+        visual = visual_tower(
+            width=c["width"],
+            layers=c["layers"],
+            heads=1,
+            patch=c["patch"],
+            image_size=c["grid"] * c["patch"],
+            dim=c["dim"],
+        )
+        model = OTSeg(
+            visual=visual, text=torch.empty(1, 1, c["dim"]), visual_prompts=c["visual_prompts"], depth=c["depth"]
+        )
+    ours = {
+        official_name(name, c["depth"]): (name, tuple(value.shape))
+        for name, value in model.state_dict().items()
+        if name != "text"
+    }
     fates = []
     for name, value in state.items():
         if name in ours:
             fit = tuple(value.shape) == ours[name][1]
-            fates.append(TensorStatus(name, tuple(value.shape), "used" if fit else "misfit", ours[name][0] if fit else f"the model needs {ours[name][1]}"))
+            fates.append(
+                TensorStatus(
+                    name,
+                    tuple(value.shape),
+                    "used" if fit else "misfit",
+                    ours[name][0] if fit else f"the model needs {ours[name][1]}",
+                )
+            )
             continue
         reasons = [why for pattern, why in _IGNORED if re.match(pattern.replace("{last}", str(c["depth"] - 1)), name)]
-        fates.append(TensorStatus(name, tuple(value.shape), "ignored" if reasons else "unknown", reasons[0] if reasons else "no part of an official OTSeg"))
-    return fates + [TensorStatus(name, shape, "missing", f"needed for {mine}") for name, (mine, shape) in ours.items() if name not in state]
+        fates.append(
+            TensorStatus(
+                name,
+                tuple(value.shape),
+                "ignored" if reasons else "unknown",
+                reasons[0] if reasons else "no part of an official OTSeg",
+            )
+        )
+    return fates + [
+        TensorStatus(name, shape, "missing", f"needed for {mine}")
+        for name, (mine, shape) in ours.items()
+        if name not in state
+    ]
 
 # %% ../nbs/24_official.ipynb #c0440534
 def open_official(
@@ -119,8 +168,13 @@ def open_official(
         raise ValueError(f"'state_dict' is a {type(state).__name__}, a dict of tensors is needed")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ValueError(f"no tensor but a {type(state[odd[0]]).__name__} under {odd[0]!r}: a state dict, or a checkpoint with one under 'state_dict', is needed")
-    return {name.removeprefix("module."): value for name, value in state.items()}, content.get("meta", {}) if state is not content else {}
+        raise ValueError(
+            f"no tensor but a {type(state[odd[0]]).__name__} under {odd[0]!r}: a state dict, or a checkpoint with one under 'state_dict', is needed"
+        )
+    return {name.removeprefix("module."): value for name, value in state.items()}, content.get(
+        "meta", {}
+    ) if state is not content else {}
+
 
 def official_report(
     source: str | Path | Mapping,  # path of an mmcv checkpoint, or its content, or its state dict
@@ -130,12 +184,17 @@ def official_report(
     report = pd.DataFrame(match_tensors(state, official_config(state, meta)))
     return report.assign(weights=report["shape"].map(math.prod))
 
+
 def summarize(
     report: pd.DataFrame,  # of `official_report`
 ) -> pd.DataFrame:
     "How many tensors and weights met which fate, and why they were ignored."
     why = report["note"].where(report["fate"] == "ignored", "")
-    return report.groupby(["fate", why])["weights"].agg(tensors="count", weights="sum").sort_values("weights", ascending=False)
+    return (
+        report.groupby(["fate", why])["weights"]
+        .agg(tensors="count", weights="sum")
+        .sort_values("weights", ascending=False)
+    )
 
 # %% ../nbs/24_official.ipynb #53f7151f
 def read_official(
@@ -149,7 +208,9 @@ def read_official(
             state = read_weights(source)
             state.pop("text", None)
             config = json.loads(header["config"])
-            config["visual_prompts"] = config.pop("prompts", config.get("visual_prompts"))  # the key of files that older versions converted
+            config["visual_prompts"] = config.pop(
+                "prompts", config.get("visual_prompts")
+            )  # the key of files that older versions converted
             return state, config
     state, meta = open_official(source)
     config = official_config(state, meta)
@@ -177,7 +238,9 @@ def convert(
     if text is not None:
         state["text"] = read_embeddings(text, config["classes"])
         if state["text"].shape[-1] != config["dim"]:
-            raise ValueError(f"{text} holds embeddings of size {state['text'].shape[-1]} but the checkpoint's is {config['dim']}: another CLIP")
+            raise ValueError(
+                f"{text} holds embeddings of size {state['text'].shape[-1]} but the checkpoint's is {config['dim']}: another CLIP"
+            )
         if config["classes"]:
             header["class names"] = json.dumps(config["classes"])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -194,8 +257,13 @@ def load_official(
     "Load a checkpoint of the official code as a model in eval mode. Raises FileNotFoundError, ValueError."
     state, c = read_official(source)
     visual = visual_tower(
-        width=c["width"], layers=c["layers"], heads=heads or c["heads"], patch=c["patch"],
-        image_size=c["grid"] * c["patch"], dim=c["dim"])
+        width=c["width"],
+        layers=c["layers"],
+        heads=heads or c["heads"],
+        patch=c["patch"],
+        image_size=c["grid"] * c["patch"],
+        dim=c["dim"],
+    )
     model = OTSeg(visual=visual, text=text, image_size=image_size, visual_prompts=c["visual_prompts"], depth=c["depth"])
     model.load_state_dict({**state, "text": model.text})
     return model.eval()

@@ -22,6 +22,7 @@ from torch import Tensor
 # %% ../nbs/00_ot.ipynb #76b8ab85
 RIDGE = 1e-11  # relative to the column sums; above their rounding errors in float64
 
+
 def dual_hessian(Q: Tensor) -> Tensor:
     "diag(c) - Q (..., n, n), made invertible, in float64; Q = P^T diag(mu) P is what the prompts share, c its row sums."
     Q = (Q.double() + Q.double().mT) / 2  # to the last digit, lest groups that exchange nothing drift apart
@@ -45,23 +46,29 @@ def dual_step(Q: Tensor, nu: Tensor) -> Tensor:
 def for_each_chunk(f, *tensors: Tensor):
     "Call f(*tensors) for tensors (p, ...), on a CPU with a few of the p problems at a time: 2**17 numbers for each thread."
     p = len(tensors[0])
-    problems = max(2**17 * torch.get_num_threads() // tensors[0][0].numel(), 1) if tensors[0].device.type == "cpu" else p
+    problems = (
+        max(2**17 * torch.get_num_threads() // tensors[0][0].numel(), 1) if tensors[0].device.type == "cpu" else p
+    )
     for at in range(0, p, problems):
         f(*(t[at : at + problems] for t in tensors))
+
 
 def shifted_logits(C: Tensor, out: Tensor):
     "Costs (p, n, m) below each pixel's smallest: that changes no plan and keeps digits."
     C = C.contiguous()
     torch.sub(C.amin(1, keepdim=True), C, out=out)
 
+
 def row_softmax(A: Tensor, a: Tensor, scale: float, out: Tensor):
     "P (p, n, m): the pixels' shares at dual variables a (p, n) and negative costs A (p, n, m)."
     torch.softmax(torch.add(a[..., None].to(A), A, alpha=scale), 1, out=out)
+
 
 def gram_matrix(P: Tensor, e: Tensor, root: Tensor, out: Tensor):
     "Q (p, n, n) for shares P whose columns are scaled by e (p, n), and the pixels' root (p, m) of mass."
     W = P * (root[:, None] / (e[:, None] @ P))
     torch.mul(e[..., None] * (W @ W.mT), e[:, None], out=out)
+
 
 def plan_from_scaling(P: Tensor, e: Tensor, mu: Tensor, out: Tensor):
     "Plan (p, n, m) for the same shares: rows are right, columns follow e."
@@ -79,7 +86,9 @@ def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol
     rungs = math.ceil(math.log(spread / (40 * eps), 4)) if spread > 40 * eps else 0
     if rungs:
         A, mu = A.double(), mu.double()
-    P = torch.empty_like(A) if rungs else A  # where A is needed once, its place is free for the shares, and theirs for the plan
+    P = (
+        torch.empty_like(A) if rungs else A
+    )  # where A is needed once, its place is free for the shares, and theirs for the plan
     nu, enough = nu.double(), max(0.1 * tol, 4 * torch.finfo(A.dtype).eps)
     a, root, Q = nu.log() / 4, mu.sqrt(), P.new_empty(*nu.shape, nu.shape[-1])
     for s in range(rungs, -1, -1):
@@ -109,6 +118,7 @@ def gradient_sums(T: Tensor, grad: Tensor, Q: Tensor, B: Tensor, mean: Tensor, p
     torch.matmul(W, P.mT, out=B)
     torch.mul(W.sum(1), per_mass, out=mean)
 
+
 def plan_gradient(T: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients in the costs (p, n, m) and the marginals (p, m), (p, n) from the plans (p, n, m) and the gradient in them."
     p, n, m = T.shape
@@ -133,6 +143,7 @@ def kernel_fits(C: Tensor) -> bool:
 
     return fits(C)
 
+
 class EntropicPlan(torch.autograd.Function):
     "Plan (p, n, m) from costs (p, n, m), and which converged (p,); the gradient comes from the optimality conditions."
 
@@ -140,6 +151,7 @@ class EntropicPlan(torch.autograd.Function):
     def forward(ctx, C, mu, nu, eps, max_iter, tol):
         if kernel_fits(C):
             from otseg.kernel import solve_fused
+
             solve = partial(solve_fused, ridge=RIDGE)
         else:
             solve = solve_plan
@@ -156,6 +168,7 @@ class EntropicPlan(torch.autograd.Function):
         (T,) = ctx.saved_tensors
         if kernel_fits(T):
             from otseg.kernel import gradient_fused
+
             gradient = partial(gradient_fused, ridge=RIDGE)
         else:
             gradient = plan_gradient
@@ -172,7 +185,9 @@ class ConvergenceReport:
     def add(self, T: Tensor, nu: Tensor, done: Tensor, eps: float, max_iter: int):
         "Note the verdict on plans (p, n, m), without reading it."
         error = torch.where(done, 0, (T.sum(-1) - nu).abs().amax(-1)).amax()
-        self.found.append(((eps, max_iter), torch.stack([torch.ones_like(error) * len(done), (~done).sum().to(error), error])))
+        self.found.append(
+            ((eps, max_iter), torch.stack([torch.ones_like(error) * len(done), (~done).sum().to(error), error]))
+        )
 
     def warn(self, stacklevel: int = 2):
         "Read the verdicts, warn of plans that did not converge, and forget them."
@@ -182,10 +197,15 @@ class ConvergenceReport:
             plans, bad, error = zip(*(row for (key, _), row in zip(found, rows) if key == (eps, max_iter)))
             if any(bad):
                 worst = math.nan if any(map(math.isnan, error)) else max(error)
-                warnings.warn(f"{sum(bad):.0f} of {sum(plans):.0f} plans did not converge in {max_iter} iterations at eps = {eps}: "
-                              f"largest marginal error {worst:.1e}; raise max_iter or eps, or look for NaN in the cost", stacklevel=stacklevel + 1)
+                warnings.warn(
+                    f"{sum(bad):.0f} of {sum(plans):.0f} plans did not converge in {max_iter} iterations at eps = {eps}: "
+                    f"largest marginal error {worst:.1e}; raise max_iter or eps, or look for NaN in the cost",
+                    stacklevel=stacklevel + 1,
+                )
+
 
 CONVERGENCE_REPORT = ContextVar("CONVERGENCE_REPORT", default=None)
+
 
 @contextmanager
 def defer_convergence_checks() -> Iterator[ConvergenceReport]:
@@ -204,8 +224,14 @@ def marginal(mass: Tensor | None, like: Tensor, name: str) -> Tensor:
     s = like.shape[-1]
     if mass is None:
         return like.new_full((), 1 / max(s, 1)).expand(like.shape)
-    if mass.shape[-1:] != (s,) or mass.dim() > like.dim() or any(a not in (1, b) for a, b in zip(mass.shape[::-1], like.shape[::-1])):
-        raise ValueError(f"{name} has shape {tuple(mass.shape)} but must end in {s} and broadcast to {tuple(like.shape)}: C is (..., m, n), mu (..., m), nu (..., n)")
+    if (
+        mass.shape[-1:] != (s,)
+        or mass.dim() > like.dim()
+        or any(a not in (1, b) for a, b in zip(mass.shape[::-1], like.shape[::-1]))
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(mass.shape)} but must end in {s} and broadcast to {tuple(like.shape)}: C is (..., m, n), mu (..., m), nu (..., n)"
+        )
     if (mass < 0).any():
         raise ValueError(f"{name} has a negative entry, {mass.min().item():.3g}: marginals are masses")
     return mass.to(like).expand(like.shape)
@@ -225,9 +251,13 @@ def sinkhorn(
     not fit the cost or each other, and for eps <= 0; warns, with the error left, when it did not converge
     (within `defer_convergence_checks`, when asked)."""
     if not eps > 0:
-        raise ValueError(f"eps = {eps}: the regularisation must be positive; the plan becomes an assignment as eps -> 0")
+        raise ValueError(
+            f"eps = {eps}: the regularisation must be positive; the plan becomes an assignment as eps -> 0"
+        )
     if C.dim() < 2 or not C.is_floating_point():
-        raise ValueError(f"C has shape {tuple(C.shape)} and type {C.dtype}: a floating-point cost (..., m, n) is needed")
+        raise ValueError(
+            f"C has shape {tuple(C.shape)} and type {C.dtype}: a floating-point cost (..., m, n) is needed"
+        )
     *batch, m, n = C.shape
     D = C.mT.to(torch.promote_types(C.dtype, torch.float32))  # (..., n, m)
     if C.numel() == 0:
@@ -235,7 +265,9 @@ def sinkhorn(
     uniform = mu is None and nu is None
     mu, nu = marginal(mu, D[..., 0, :], "mu"), marginal(nu, D[..., 0], "nu")
     if not uniform and not torch.allclose(mu.sum(-1), nu.sum(-1), rtol=1e-3):
-        raise ValueError(f"mu sums to {mu.sum(-1).flatten()[0]:.4g}, nu to {nu.sum(-1).flatten()[0]:.4g}: no plan has both; normalise them")
+        raise ValueError(
+            f"mu sums to {mu.sum(-1).flatten()[0]:.4g}, nu to {nu.sum(-1).flatten()[0]:.4g}: no plan has both; normalise them"
+        )
     nu = nu.reshape(-1, n)
     T, done = EntropicPlan.apply(D.reshape(-1, n, m), mu.reshape(-1, m), nu, eps, max_iter, tol)
     later = CONVERGENCE_REPORT.get()
@@ -254,6 +286,7 @@ def softmax_over_prompts(
     "Softmax over the prompts: every pixel is shared out, but a prompt may starve."
     return (-C / eps).softmax(-1) / C.shape[-2]
 
+
 def softmax_over_pixels(
     C: Tensor,  # cost (..., m, n)
     eps: float = 0.05,  # entropic regularisation
@@ -261,4 +294,9 @@ def softmax_over_pixels(
     "Softmax over the pixels, plain attention: every prompt has its mass, but a pixel may be left out."
     return (-C / eps).softmax(-2) / C.shape[-1]
 
-PLANS = {"sinkhorn": sinkhorn, "softmax_prompts": softmax_over_prompts, "softmax_pixels": softmax_over_pixels}  # name -> (cost, eps=) -> plan
+
+PLANS = {
+    "sinkhorn": sinkhorn,
+    "softmax_prompts": softmax_over_prompts,
+    "softmax_pixels": softmax_over_pixels,
+}  # name -> (cost, eps=) -> plan

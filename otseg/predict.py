@@ -62,8 +62,11 @@ def word_groups(
             raise ValueError(f"class {name!r} has the words {words!r}: each must be a text that is not empty")
     for what in ([name for name, _ in pairs], [w for _, words in pairs for w in words]):
         if again := find_duplicate(what):
-            raise ValueError(f"{again!r} is there more than once, or differs only in its case: each word may belong to one class")
+            raise ValueError(
+                f"{again!r} is there more than once, or differs only in its case: each word may belong to one class"
+            )
     return {name.strip(): [w.strip() for w in words] for name, words in pairs}
+
 
 def find_duplicate(words: list[str]) -> str | None:
     "A word that CLIP, which reads all in lower case, sees again."
@@ -82,8 +85,10 @@ def check_known(
     tokenizer = open_clip.SimpleTokenizer()
     for word in words:
         if strange := [tokenizer.decode([t]).strip() for t in tokenizer.encode(word) if not known[t]]:
-            raise ValueError(f"this checkpoint's CLIP does not know {word!r}: its token table has {int(known.sum())} of CLIP's {len(known)} rows, and none for "
-                             f"{', '.join(map(repr, strange))}; other words need a checkpoint that was trained with a full CLIP")
+            raise ValueError(
+                f"this checkpoint's CLIP does not know {word!r}: its token table has {int(known.sum())} of CLIP's {len(known)} rows, and none for "
+                f"{', '.join(map(repr, strange))}; other words need a checkpoint that was trained with a full CLIP"
+            )
 
 # %% ../nbs/31_predict.ipynb #7a8a114c
 def upsample_in_bands(
@@ -124,9 +129,13 @@ def photo_and_mask(
     colours = palette(len(shown) or 1) if colours is None else colours[[classes.index(c) for c in shown]]
     table = np.full(len(classes) + 1, len(shown) if others else IGNORE)
     table[[classes.index(c) for c in shown]], table[-1] = range(len(shown)), IGNORE
-    titles = [f"{c[:40]} {100 * share[c]:.1f} %" for c in shown] + [f"{len(others)} others {100 * share[others].sum():.1f} %"] * bool(others)
+    titles = [f"{c[:40]} {100 * share[c]:.1f} %" for c in shown] + [
+        f"{len(others)} others {100 * share[others].sum():.1f} %"
+    ] * bool(others)
     colours = np.concatenate([colours, [[0.5, 0.5, 0.5]]])[: len(titles)]
-    return overlay(np.asarray(small).transpose(2, 0, 1), table[labels], titles, palette=colours, alpha=alpha, numbers=True)
+    return overlay(
+        np.asarray(small).transpose(2, 0, 1), table[labels], titles, palette=colours, alpha=alpha, numbers=True
+    )
 
 # %% ../nbs/31_predict.ipynb #4f3a963c
 def mask_image(
@@ -144,6 +153,7 @@ def mask_image(
         mask.putpalette(np.rint(255 * np.array(table)).astype(np.uint8).tobytes())
     return mask
 
+
 def coco_annotations(
     labels: np.ndarray,  # (H, W); k and more are background
     classes: tuple[str, ...],  # k names
@@ -152,12 +162,21 @@ def coco_annotations(
     try:
         from pycocotools import mask as masks
     except ImportError:
-        raise ImportError("COCO's run lengths need pycocotools, which is not installed: pip install pycocotools") from None
+        raise ImportError(
+            "COCO's run lengths need pycocotools, which is not installed: pip install pycocotools"
+        ) from None
     found = []
     for i in np.unique(labels[labels < len(classes)]).tolist():
         code = masks.encode(np.asfortranarray((labels == i).astype(np.uint8)))
-        found.append({"category_id": i, "category": classes[i], "area": int(masks.area(code)), "bbox": masks.toBbox(code).tolist(),
-                      "segmentation": {"size": list(code["size"]), "counts": code["counts"].decode()}})
+        found.append(
+            {
+                "category_id": i,
+                "category": classes[i],
+                "area": int(masks.area(code)),
+                "bbox": masks.toBbox(code).tolist(),
+                "segmentation": {"size": list(code["size"]), "counts": code["counts"].decode()},
+            }
+        )
     return found
 
 # %% ../nbs/31_predict.ipynb #4ce83cb5
@@ -191,14 +210,18 @@ class Result:
         "(k, H, W) float32. Raises ValueError where that would take over 4 GB."
         (W, H), k = self.image.size, len(self.classes)
         if 4 * k * H * W > 4e9:
-            raise ValueError(f"probabilities of {k} classes at {W} x {H} pixels take {4e-9 * k * H * W:.0f} GB: use probability(name), top(j) or scores")
+            raise ValueError(
+                f"probabilities of {k} classes at {W} x {H} pixels take {4e-9 * k * H * W:.0f} GB: use probability(name), top(j) or scores"
+            )
         return torch.cat(list(upsample_in_bands(self.scores, (H, W))), 1).numpy()
 
     def probability(self, name: str) -> np.ndarray:
         "(H, W) float32 of one class."
         if name not in self.classes:
             raise ValueError(f"{name!r} is not one of the classes: {', '.join(self.classes)}")
-        return torch.cat(list(upsample_in_bands(self.scores[[self.classes.index(name)]], self.image.size[::-1])), 1)[0].numpy()
+        return torch.cat(list(upsample_in_bands(self.scores[[self.classes.index(name)]], self.image.size[::-1])), 1)[
+            0
+        ].numpy()
 
     def top(
         self,
@@ -214,7 +237,9 @@ class Result:
     def areas(self) -> pd.DataFrame:
         "Pixels and fraction of the photo of each name, the largest first."
         pixels = sum(np.bincount(row, minlength=len(self.names)) for row in self.labels)
-        table = pd.DataFrame({"pixels": pixels, "fraction": pixels / pixels.sum()}, index=pd.Index(self.names, name="class"))
+        table = pd.DataFrame(
+            {"pixels": pixels, "fraction": pixels / pixels.sum()}, index=pd.Index(self.names, name="class")
+        )
         return table.sort_values("pixels", ascending=False, kind="stable")
 
     def show(self, side: int = 512, alpha: float = 0.65):
@@ -230,7 +255,9 @@ class Result:
 
     def __repr__(self) -> str:
         areas = self.areas[self.areas.pixels > 0].head(8)
-        return f"Result of {self.image.width} x {self.image.height} pixels: " + ", ".join(f"{name} {100 * f:.1f} %" for name, f in areas.fraction.items())
+        return f"Result of {self.image.width} x {self.image.height} pixels: " + ", ".join(
+            f"{name} {100 * f:.1f} %" for name, f in areas.fraction.items()
+        )
 
     def save(
         self,
@@ -274,14 +301,24 @@ class Segmenter:
         self,
         model: OTSeg,  # in eval mode
         recipe: Recipe,  # templates, stride, test_short_side, pixels, calibration
-        clip: open_clip.CLIP | Callable[[], open_clip.CLIP],  # gives the text tower for new words; or a function that makes it
+        clip: open_clip.CLIP
+        | Callable[[], open_clip.CLIP],  # gives the text tower for new words; or a function that makes it
         classes: tuple[str, ...] = (),  # names of the rows of model.text
         seen: tuple[int, ...] = (),  # those with labels in training
         palette: tuple | None = None,  # colours of `classes` in 0..255, where their dataset has some
         cache: str | Path | None = None,  # folder that keeps embeddings of new words between sessions
     ):
-        self.model, self.recipe, self._clip, self.classes, self.cache = model.eval(), recipe, clip, tuple(classes), cache
-        self.seen, self.palette = {self.classes[i] for i in seen}, dict(zip(self.classes, palette)) if palette is not None else {}
+        self.model, self.recipe, self._clip, self.classes, self.cache = (
+            model.eval(),
+            recipe,
+            clip,
+            tuple(classes),
+            cache,
+        )
+        self.seen, self.palette = (
+            {self.classes[i] for i in seen},
+            dict(zip(self.classes, palette)) if palette is not None else {},
+        )
         self.short = recipe.test_short_side or 2 * model.image_size
         self._words = dict(zip(self.classes, model.text.cpu()))  # word -> (n, d)
 
@@ -300,7 +337,11 @@ class Segmenter:
         if new := [w for words in groups.values() for w in words if w not in self._words]:
             check_known(self.clip, new)
             templates = TEMPLATES[: self.recipe.num_templates]
-            text = class_embeddings(new, templates, self.clip) if self.cache is None else cached_class_embeddings(new, templates, self.clip, self.cache)
+            text = (
+                class_embeddings(new, templates, self.clip)
+                if self.cache is None
+                else cached_class_embeddings(new, templates, self.clip, self.cache)
+            )
             self._words.update(zip(new, text.repeat(1, self.recipe.template_repeats, 1)))
         return F.normalize(torch.stack([sum(self._words[w] for w in words) for words in groups.values()]), dim=-1)
 
@@ -310,11 +351,15 @@ class Segmenter:
         classes=None,  # names, name -> synonyms, or "cat, sofa|couch"; None: those of the checkpoint
         background: float | None = None,  # probability under which a pixel is 'background'
         mpsa_weight: float = 0.5,  # lambda: 1 is the decoder's path alone, 0 the path without weights
-        calibration: float | None = None,  # taken from the probability of classes with labels in training; None: the recipe's
+        calibration: float
+        | None = None,  # taken from the probability of classes with labels in training; None: the recipe's
         eps: float | None = None,  # entropic regularisation; None: the model's
     ) -> "Result | list[Result]":
         "Segment an image, or several. Raises FileNotFoundError, ValueError."
-        groups, calibration = self.groups(classes, background), self.recipe.calibration if calibration is None else calibration
+        groups, calibration = (
+            self.groups(classes, background),
+            self.recipe.calibration if calibration is None else calibration,
+        )
         for name, value in {"background": background, "mpsa_weight": mpsa_weight, "calibration": calibration}.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} = {value}: a number from 0 to 1 is needed")
@@ -332,18 +377,24 @@ class Segmenter:
             raise ValueError("'background' is a class and a threshold as well: leave one of them out")
         return groups
 
-    def segment(self, twin: OTSeg, image: Image.Image, groups, background, mpsa_weight: float, calibration: float) -> Result:
+    def segment(
+        self, twin: OTSeg, image: Image.Image, groups, background, mpsa_weight: float, calibration: float
+    ) -> Result:
         "One image with a model that knows the words."
         x = normalize(resize_for_model(image, self.short), self.recipe.normalization).to(twin.text.device)
         seen = [i for i, words in enumerate(groups.values()) if self.seen.intersection(words)] if calibration else []
-        probs = predict_probs(twin, x, seen or None, calibration, mpsa_weight, stride=self.recipe.stride)[0].float().cpu()
+        probs = (
+            predict_probs(twin, x, seen or None, calibration, mpsa_weight, stride=self.recipe.stride)[0].float().cpu()
+        )
         own = [self.palette.get(name) for name in groups]
         colours = np.array(own) / 255 if all(c is not None for c in own) else None
         return Result(image, tuple(groups), probs, background, colours)
 
 # %% ../nbs/31_predict.ipynb #34702814
 def load(
-    checkpoint: str | Path | None = None,  # file that `fit` wrote, an official one, or one that `otseg convert` made; None: the shipped small model
+    checkpoint: str
+    | Path
+    | None = None,  # file that `fit` wrote, an official one, or one that `otseg convert` made; None: the shipped small model
     clip_weights: str | Path | None = None,  # open_clip's tag or a file; None: OpenAI's, or the small CLIP's own
     device: str | torch.device | None = None,  # None: the accelerator if there is one
     cache: str | Path | None = None,  # folder that keeps embeddings of new words between sessions
@@ -351,7 +402,9 @@ def load(
     "A segmenter from a checkpoint. Raises FileNotFoundError, ConnectionError, ValueError."
     path = Path(str(checkpoint or DEFAULT_CHECKPOINT))
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one (nbs/train.ipynb), or call load() for the shipped small model")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: train one (nbs/train.ipynb), or call load() for the shipped small model"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     trained = None if is_ours(path) else official_recipe(path)
     model, recipe, bench = load_model(path, clip_weights=clip_weights, trained=trained)

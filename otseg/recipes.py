@@ -24,11 +24,14 @@ from .text import TEMPLATES
 # %% ../nbs/20_recipes.ipynb #175c8f66
 def one_of(choices) -> AfterValidator:
     "Validator that accepts the keys of a registry, including keys that are added to it later."
+
     def check(value):
         if value not in choices:
             raise ValueError(f"expected one of {', '.join(choices)}")
         return value
+
     return AfterValidator(check)
+
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -36,6 +39,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 # %% ../nbs/20_recipes.ipynb #07cd33df
 SETTINGS = ("inductive", "transductive", "fully_supervised")
+
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, use_attribute_docstrings=True))
 class Recipe:
@@ -128,7 +132,9 @@ class Recipe:
     def check_pairs(self):
         "Check the limits that depend on two fields."
         if self.stride > self.image_size:
-            raise ValueError(f"stride = {self.stride} must be at most image_size = {self.image_size}, or the windows leave gaps")
+            raise ValueError(
+                f"stride = {self.stride} must be at most image_size = {self.image_size}, or the windows leave gaps"
+            )
         if self.max_scale < self.min_scale:
             raise ValueError(f"max_scale = {self.max_scale} must be at least min_scale = {self.min_scale}")
         return self
@@ -141,13 +147,29 @@ class Recipe:
 # %% ../nbs/20_recipes.ipynb #1b5198e7
 DATASET_RECIPES = {
     "digits": dict(
-        clip="digits_clip", num_templates=6, init_from_clip=True, max_iters=300, lr=1e-3, warmup_iters=30,
-        image_size=48, stride=24, train_short_side=0, test_short_side=0, flip_prob=0.0, photometric=False,
-        val_interval=75, val_images=40,
+        clip="digits_clip",
+        num_templates=6,
+        init_from_clip=True,
+        max_iters=300,
+        lr=1e-3,
+        warmup_iters=30,
+        image_size=48,
+        stride=24,
+        train_short_side=0,
+        test_short_side=0,
+        flip_prob=0.0,
+        photometric=False,
+        val_interval=75,
+        val_images=40,
     ),
     "voc": dict(num_templates=6),
     "context": dict(
-        image_size=480, stride=80, train_short_side=520, train_long_side=520, test_short_side=520, max_iters=40_000,
+        image_size=480,
+        stride=80,
+        train_short_side=520,
+        train_long_side=520,
+        test_short_side=520,
+        max_iters=40_000,
     ),
     "coco": dict(visual_prompts=100, max_iters=80_000),
     "ade": dict(test_long_side=2048, normalization="clip"),
@@ -164,22 +186,37 @@ def setting_recipe(dataset: str, setting: str, max_iters: int) -> dict:
     own = {"digits": dict(lr=5e-4), "context": dict(stride=420)}.get(dataset, {})
     return dict(max_iters=max_iters // 2) | own
 
+
 def default_recipe(dataset: str, setting: str) -> Recipe:
     "The default recipe of a dataset and setting."
     recipe = Recipe(dataset, setting, **DATASET_RECIPES[dataset])
     return replace(recipe, **setting_recipe(dataset, setting, recipe.max_iters))
 
+
 RECIPES = {(dataset, setting): default_recipe(dataset, setting) for dataset in DATASET_RECIPES for setting in SETTINGS}
 
 # %% ../nbs/20_recipes.ipynb #756c24ee
 RENAMED_FIELDS = {
-    "prompts": "visual_prompts", "templates": "num_templates", "copies": "template_repeats",
-    "identity": "init_from_clip", "marginals": "plan", "batch": "batch_size", "warmup": "warmup_iters",
-    "power": "poly_power", "focal": "focal_weight", "dice": "dice_weight", "pixels": "normalization",
-    "flip": "flip_prob", "short_side": "train_short_side", "long_side": "train_long_side",
-    "test_short": "test_short_side", "test_long": "test_long_side", "val_every": "val_interval",
+    "prompts": "visual_prompts",
+    "templates": "num_templates",
+    "copies": "template_repeats",
+    "identity": "init_from_clip",
+    "marginals": "plan",
+    "batch": "batch_size",
+    "warmup": "warmup_iters",
+    "power": "poly_power",
+    "focal": "focal_weight",
+    "dice": "dice_weight",
+    "pixels": "normalization",
+    "flip": "flip_prob",
+    "short_side": "train_short_side",
+    "long_side": "train_long_side",
+    "test_short": "test_short_side",
+    "test_long": "test_long_side",
+    "val_every": "val_interval",
 }  # old name -> new name
 RENAMED_PLANS = {"both": "sinkhorn", "pixels": "softmax_prompts", "prompts": "softmax_pixels"}  # of `marginals`
+
 
 def upgrade_fields(
     settings: dict,  # fields of a recipe under their present or former names
@@ -193,11 +230,13 @@ def upgrade_fields(
 # %% ../nbs/20_recipes.ipynb #a58dc096
 FIELDS = tuple(f.name for f in fields(Recipe))
 
+
 def unknown_field(name: str) -> ValueError:
     "The error for a name that no field of a recipe has."
     if name in RENAMED_FIELDS:
         return ValueError(f"{name!r} is now called {RENAMED_FIELDS[name]!r}")
     return ValueError(f"a recipe has no field {name!r}; it has {', '.join(FIELDS)}")
+
 
 def change(
     recipe: Recipe,
@@ -214,6 +253,7 @@ def change(
         message = first["msg"].removeprefix("Value error, ")
         where = f"{first['loc'][0]} = {first['input']!r}: " if first["loc"] else ""
         raise ValueError(f"{where}{message[:1].lower()}{message[1:]}") from None
+
 
 def resolve(
     dataset: str,  # a dataset in RECIPES
@@ -235,7 +275,9 @@ def check_parameters(
     "Refuse parameters that a notebook does not take. Raises ValueError with those that it takes."
     new = {name for name in namespace if name not in before and not name.startswith("_") and name != "before"}
     if wrong := sorted(new - set(known)):
-        renamed = "".join(f"; {name!r} is now called {RENAMED_FIELDS[name]!r}" for name in wrong if RENAMED_FIELDS.get(name) in known)
+        renamed = "".join(
+            f"; {name!r} is now called {RENAMED_FIELDS[name]!r}" for name in wrong if RENAMED_FIELDS.get(name) in known
+        )
         raise ValueError(f"unknown parameter {', '.join(wrong)}{renamed}; this notebook takes {', '.join(known)}")
 
 # %% ../nbs/20_recipes.ipynb #3c67f18f
@@ -254,6 +296,7 @@ def differences(recipe: Recipe) -> dict:
     "Fields in which a recipe differs from the default recipe of its dataset and setting."
     default = RECIPES[recipe.dataset, recipe.setting]
     return {name: value for name, value in asdict(recipe).items() if value != getattr(default, name)}
+
 
 def run_name(recipe: Recipe) -> str:
     "Name of a run: dataset and split, setting, attention, seed, and a digest of all other differences from the default."

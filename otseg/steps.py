@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .data import Benchmark, UNLABELLED, label_table
+from .data import UNLABELLED, Benchmark, label_table
 from .losses import present_classes, training_loss
 from .model import Masks, OTSeg
 from .recipes import Recipe
@@ -50,7 +50,9 @@ def training_classes_and_labels(
     "Which classes a setting trains with, and what it may know of each label. Raises ValueError where no class is unseen."
     k = len(bench.classes)
     if setting != "fully_supervised" and not 0 < len(bench.unseen) < k:
-        raise ValueError(f"the setting {setting} needs unseen and seen classes, but {len(bench.unseen)} of the {k} of {bench.name} are unseen: name some with unseen='...', or train fully_supervised")
+        raise ValueError(
+            f"the setting {setting} needs unseen and seen classes, but {len(bench.unseen)} of the {k} of {bench.name} are unseen: name some with unseen='...', or train fully_supervised"
+        )
     if setting == "inductive":
         return list(bench.seen), label_table(k, bench.seen, renumber=True)
     labelled = bench.seen if setting == "transductive" else tuple(range(k))
@@ -59,7 +61,10 @@ def training_classes_and_labels(
 # %% ../nbs/27_steps.ipynb #bb87a283
 def make_optimizer(model: OTSeg, recipe: Recipe) -> torch.optim.AdamW:
     "AdamW on every trainable tensor."
-    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+
 
 def loss_terms(
     model,
@@ -72,7 +77,9 @@ def loss_terms(
     "Weighted loss terms of a batch."
     masks = model(batch["image"], text)
     label = pseudo_label(masks, batch["label"], unseen) if recipe.setting == "transductive" else batch["label"]
-    return training_loss(masks, label, recipe.focal_weight, recipe.dice_weight, **options), present_classes(label, len(text)).sum()
+    return training_loss(masks, label, recipe.focal_weight, recipe.dice_weight, **options), present_classes(
+        label, len(text)
+    ).sum()
 
 # %% ../nbs/27_steps.ipynb #d0707ee3
 def max_present_masks(
@@ -121,7 +128,8 @@ def training_step(
             with tr.accelerator.autocast():
                 max_present = max_present_masks(part["present_labels"], len(tr.text), tr.bench.unseen)
                 terms, n = loss_terms(
-                    tr.net, part, tr.text, tr.recipe, tr.unseen, normalizer=normalizer, max_present=max_present)
+                    tr.net, part, tr.text, tr.recipe, tr.unseen, normalizer=normalizer, max_present=max_present
+                )
             tr.accelerator.backward(sum(terms.values()))
         total, num_masks = total + torch.stack([v.detach() for v in terms.values()]), num_masks + n
     if normalizer:

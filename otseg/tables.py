@@ -8,7 +8,6 @@ __all__ = ['ROWS', 'NOT_RUN', 'runs_for_table', 'records_folder', 'load_or_make_
            'prompt_shares', 'distance', 'diversity', 'plan_record']
 
 # %% ../nbs/42_tables.ipynb #2b602e05
-import argparse
 import json
 import shlex
 from collections.abc import Callable, Iterable
@@ -20,29 +19,43 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .mps import cosine
-from .recipes import Recipe, SETTINGS, differences, resolve, run_name
 from .checkpoints import project_root, provenance, write_json
-from .training import fit, inductive_of
 from .evaluation import markdown
 from .metrics import METRICS
+from .mps import cosine
+from .recipes import SETTINGS, Recipe, differences, resolve, run_name
+from .training import fit, inductive_of
 
 # %% ../nbs/42_tables.ipynb #544f1c5f
 ROWS = {  # table -> its rows: labels, and what they change in a recipe
     "t1": [({"decoder": "softmax"}, {"attention": "softmax"}), ({"decoder": "mpsa"}, {})],
     "t3": [
-        ({"decoder": "softmax", "text prompts": "one, repeated"}, {"attention": "softmax", "templates": 1, "copies": 6}),
+        (
+            {"decoder": "softmax", "text prompts": "one, repeated"},
+            {"attention": "softmax", "templates": 1, "copies": 6},
+        ),
         ({"decoder": "softmax", "text prompts": "n"}, {"attention": "softmax"}),
         ({"decoder": "mpsa", "text prompts": "one"}, {"templates": 1}),
         ({"decoder": "mpsa", "text prompts": "one, repeated"}, {"templates": 1, "copies": 6}),
         ({"decoder": "mpsa", "text prompts": "n"}, {}),
         ({"decoder": "uniform", "text prompts": "n"}, {"attention": "uniform"}),
     ],
-    "t4": [({"factor": "templates x copies", "value": f"{t} x {c}"}, {"templates": t, "copies": c}) for t, c in ((1, 6), (2, 3), (3, 2), (6, 1))]
-    + [({"factor": factor, "value": str(value)}, {factor: value}) for factor, values in {
-        "templates": (1, 2, 4, 6, 8), "eps": (0.005, 0.02, 0.05, 0.2, 1.0), "depth": (1, 2, 3, 4), "marginals": ("both", "pixels", "prompts"),
-    }.items() for value in values],
+    "t4": [
+        ({"factor": "templates x copies", "value": f"{t} x {c}"}, {"templates": t, "copies": c})
+        for t, c in ((1, 6), (2, 3), (3, 2), (6, 1))
+    ]
+    + [
+        ({"factor": factor, "value": str(value)}, {factor: value})
+        for factor, values in {
+            "templates": (1, 2, 4, 6, 8),
+            "eps": (0.005, 0.02, 0.05, 0.2, 1.0),
+            "depth": (1, 2, 3, 4),
+            "marginals": ("both", "pixels", "prompts"),
+        }.items()
+        for value in values
+    ],
 }
+
 
 def runs_for_table(
     table: str,  # of ROWS
@@ -62,13 +75,24 @@ def runs_for_table(
             for labels, own in ROWS[table]:
                 for seed in seeds:
                     recipe = resolve(dataset, setting, split=split, seed=seed, **own, **changes)
-                    runs.append({"dataset": dataset, "split": split, "setting": setting, **labels, "seed": seed, "run": run_name(recipe), "recipe": recipe})
+                    runs.append(
+                        {
+                            "dataset": dataset,
+                            "split": split,
+                            "setting": setting,
+                            **labels,
+                            "seed": seed,
+                            "run": run_name(recipe),
+                            "recipe": recipe,
+                        }
+                    )
     return pd.DataFrame(runs)
 
 # %% ../nbs/42_tables.ipynb #d0b5934a
 def records_folder() -> Path:
     "Where the records of this repository are."
     return project_root() / "results" / "runs"
+
 
 def load_or_make_record(
     name: str,  # of the record, without .json
@@ -84,12 +108,15 @@ def load_or_make_record(
         write_json(path, make())
     return json.loads(path.read_text())
 
+
 def missing(
     runs: pd.DataFrame,  # from `wanted`
     folder: Path | None = None,  # of the records
 ) -> list[Recipe]:  # each once
     "Recipes without a record."
-    recipes = {recipe: None for recipe in runs["recipe"] if load_or_make_record(run_name(recipe), folder=folder) is None}
+    recipes = {
+        recipe: None for recipe in runs["recipe"] if load_or_make_record(run_name(recipe), folder=folder) is None
+    }
     return list(recipes)
 
 # %% ../nbs/42_tables.ipynb #53eb3b54
@@ -100,7 +127,10 @@ def train(
     **options,  # of `fit`: root, clip_weights, per_device, workers, progress
 ) -> dict:  # record
     "Train a run, and the one that it starts from, unless they are there."
-    if recipe.setting == "transductive" and not (Path(out) / run_name(inductive_of(recipe)) / "half.safetensors").is_file():
+    if (
+        recipe.setting == "transductive"
+        and not (Path(out) / run_name(inductive_of(recipe)) / "half.safetensors").is_file()
+    ):
         train(inductive_of(recipe), out, folder, **options)
     record = fit(recipe, Path(out) / run_name(recipe), **options)
     return load_or_make_record(run_name(recipe), lambda: record, folder)
@@ -118,9 +148,18 @@ def commands(
     for recipe in left:
         if recipe in along:
             continue
-        given = {"dataset": recipe.dataset, "setting": "all" if recipe.setting == "transductive" else recipe.setting, "seed": recipe.seed}
+        given = {
+            "dataset": recipe.dataset,
+            "setting": "all" if recipe.setting == "transductive" else recipe.setting,
+            "seed": recipe.seed,
+        }
         given |= differences(recipe) | {name: v for name, v in parameters.items() if v is not None}
-        words = ["papermill", "nbs/train.ipynb", f"runs/{run_name(recipe)}.ipynb", *(word for name, v in given.items() for word in ("-p", name, str(v)))]
+        words = [
+            "papermill",
+            "nbs/train.ipynb",
+            f"runs/{run_name(recipe)}.ipynb",
+            *(word for name, v in given.items() for word in ("-p", name, str(v))),
+        ]
         lines.append(shlex.join(words))
     return lines
 
@@ -138,8 +177,11 @@ def scores(
             found = (record or {"metrics": {}})["metrics"].get(path, {})
             every = pd.Series(found.get("iou", {}), dtype=float)  # classes that do not occur have none
             values = {title: found.get(m) for m, title in METRICS.items()} | {"mIoU": every.mean()}
-            rows.append(run | {"path": path} | {title: 100 * v if v is not None else np.nan for title, v in values.items()})
+            rows.append(
+                run | {"path": path} | {title: 100 * v if v is not None else np.nan for title, v in values.items()}
+            )
     return pd.DataFrame(rows)
+
 
 def summary(
     scores: pd.DataFrame,  # from `scores`
@@ -151,16 +193,22 @@ def summary(
     there = long.dropna(subset="percent").groupby([*by, "metric"], sort=False)
     found = there["percent"].agg(mean="mean", sd="std", runs="size").join(there["run"].agg(";".join).rename("records"))
     every = long[[*by, "metric"]].drop_duplicates()
-    return every.merge(found.reset_index(), how="left", on=[*by, "metric"]).fillna({"runs": 0, "records": ""}).astype({"runs": int})
+    return (
+        every.merge(found.reset_index(), how="left", on=[*by, "metric"])
+        .fillna({"runs": 0, "records": ""})
+        .astype({"runs": int})
+    )
 
 # %% ../nbs/42_tables.ipynb #10eadad7
 NOT_RUN = "not run"
+
 
 def cell(mean: float, sd: float, runs: int) -> str:
     "A number for people."
     if not runs:
         return NOT_RUN
     return f"{mean:.1f} ± {sd:.1f}" if runs > 1 else f"{mean:.1f}"
+
 
 def to_wide(
     summary: pd.DataFrame,  # from `summary`
@@ -169,7 +217,11 @@ def to_wide(
     by = [c for c in summary if c not in ("metric", "mean", "sd", "runs", "records")]
     ran = summary.groupby(by, sort=False)["runs"].max().rename("runs")
     text = summary.assign(cell=[cell(*row) for row in summary[["mean", "sd", "runs"]].itertuples(index=False)])
-    table = text.pivot(index=by, columns="metric", values="cell").reindex(ran.index)[list(summary["metric"].unique())].rename_axis(columns=None)
+    table = (
+        text.pivot(index=by, columns="metric", values="cell")
+        .reindex(ran.index)[list(summary["metric"].unique())]
+        .rename_axis(columns=None)
+    )
     table = table.apply(lambda column: column.where((column != NOT_RUN) | (ran == 0), "–"))
     return table.join(ran)
 
@@ -186,7 +238,9 @@ def paired(
     sides = [scores[scores[column] == value].set_index(list(on))[metric].dropna() for value in (better, worse)]
     for value, side in zip((better, worse), sides):
         if side.index.has_duplicates:
-            raise ValueError(f"{column} = {value!r} has several runs with the same {', '.join(on)}: choose one path and setting first")
+            raise ValueError(
+                f"{column} = {value!r} has several runs with the same {', '.join(on)}: choose one path and setting first"
+            )
     pairs = pd.concat(sides, axis=1, join="inner", keys=("better", "worse"))
     found = {"better": better, "worse": worse, "metric": metric, "pairs": len(pairs)}
     if len(pairs) < 2:
@@ -194,9 +248,17 @@ def paired(
     difference = pairs["better"] - pairs["worse"]
     test = stats.ttest_rel(pairs["better"], pairs["worse"])
     low, high = test.confidence_interval(0.95)
-    found |= {"difference": difference.mean(), "low": low, "high": high, "p": test.pvalue, "wins": int((difference > 0).sum())}
+    found |= {
+        "difference": difference.mean(),
+        "low": low,
+        "high": high,
+        "p": test.pvalue,
+        "wins": int((difference > 0).sum()),
+    }
     verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
-    return found | {"text": f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}], {found['wins']} of {len(pairs)} seeds: {verdict}"}
+    return found | {
+        "text": f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}], {found['wins']} of {len(pairs)} seeds: {verdict}"
+    }
 
 # %% ../nbs/42_tables.ipynb #e6597c13
 def comparisons(
@@ -223,11 +285,18 @@ def published(
 ) -> pd.DataFrame:  # table, method, dataset, setting, pAcc, S, U, hIoU as printed, source, note
     "What others report for a dataset, as printed; NaN where they report nothing."
     rows = pd.read_csv(project_root() / "results" / "published.csv")
-    rows = rows[(rows["dataset"] == dataset) & rows["metric"].isin(METRICS) & ((rows["setting"] == setting) | (setting is None))]
+    rows = rows[
+        (rows["dataset"] == dataset) & rows["metric"].isin(METRICS) & ((rows["setting"] == setting) | (setting is None))
+    ]
     by = ["table", "method", "dataset", "setting"]
-    values = rows.pivot(index=by, columns="metric", values="value").reindex(columns=list(METRICS)).rename(columns=METRICS)
+    values = (
+        rows.pivot(index=by, columns="metric", values="value").reindex(columns=list(METRICS)).rename(columns=METRICS)
+    )
     told = rows.fillna({"note": ""}).groupby(by)
-    notes = told.apply(lambda g: "; ".join(f"{METRICS[m]}: {note}" for m, note in zip(g["metric"], g["note"]) if note), include_groups=False)
+    notes = told.apply(
+        lambda g: "; ".join(f"{METRICS[m]}: {note}" for m, note in zip(g["metric"], g["note"]) if note),
+        include_groups=False,
+    )
     order = pd.MultiIndex.from_frame(rows[by].drop_duplicates())
     sources = told["source"].agg(lambda s: "; ".join(s.unique()))
     return values.rename_axis(columns=None).assign(source=sources, note=notes).reindex(order).reset_index()
@@ -245,6 +314,7 @@ def write_table(
     numbers.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
     (out / f"{name}.md").write_text(text.rstrip() + "\n")
 
+
 def save_figure(fig, name: str, out: Path | None = None):
     "Write NAME.png."
     out = Path(out or project_root() / "results" / "figures")
@@ -260,12 +330,14 @@ def prompt_shares(
     "Which pixels each prompt takes: in the path without weights, and in each layer of the decoder."
     x, q, _ = model.embed(image)
     T = model.transport(1 - cosine(x, q), eps=model.eps)
-    layers = {f"layer {i}": T[0] for i, T in enumerate(model.decoder.shares(q, x), 1)}
+    layers = {f"layer {i}": T[0] for i, T in enumerate(model.decoder.attention_weights(q, x), 1)}
     return {"mps": (T / T.sum(-2, keepdim=True))[0], **layers}
+
 
 def distance(shares: Tensor) -> float:  # of shares (k, m, n)
     "Mean total variation between a prompt's share and the uniform one."
     return (shares - 1 / shares.shape[-2]).abs().sum(-2).mean().item() / 2
+
 
 def diversity(shares: Tensor) -> float:  # of shares (k, m, n); NaN for n = 1
     "Mean total variation between the shares of two prompts of a class."
@@ -279,7 +351,13 @@ def plan_record(
     data: Iterable[dict],  # `EvalView` images of one window
 ) -> dict:  # record with plans: {'mps': {'distance', 'diversity'}, 'layer 1': ..., ...}, means over the images
     "How much the prompts share, measured."
-    found = [{name: (distance(T), diversity(T)) for name, T in prompt_shares(model, item["image"].to(model.text.device)[None]).items()} for item in data]
+    found = [
+        {
+            name: (distance(T), diversity(T))
+            for name, T in prompt_shares(model, item["image"].to(model.text.device)[None]).items()
+        }
+        for item in data
+    ]
     mean = {name: np.mean([f[name] for f in found], axis=0).tolist() for name in found[0]}
     plans = {name: {"distance": d, "diversity": None if np.isnan(v) else v} for name, (d, v) in mean.items()}
     return {"name": f"{run}@plans", "run": run, "images": len(found), **provenance(), "plans": plans}

@@ -21,9 +21,16 @@ from torch import Tensor
 
 # %% ../nbs/05_text.ipynb #3cc1361f
 TEMPLATES = [
-    "a photo of a {}.", "a portrait of a {}.", "a part of a {}.", "a segment of a {}.",
-    "a photo of small {}.", "a photo of medium {}.", "a photo of large {}.", "a background of a {}.",
+    "a photo of a {}.",
+    "a portrait of a {}.",
+    "a part of a {}.",
+    "a segment of a {}.",
+    "a photo of small {}.",
+    "a photo of medium {}.",
+    "a photo of large {}.",
+    "a background of a {}.",
 ]
+
 
 def _check_texts(names, templates):
     for what, texts in dict(names=names, templates=templates).items():
@@ -49,7 +56,9 @@ def class_embeddings(
     _check_texts(names, templates)
     tokenize, length, device = open_clip.SimpleTokenizer(), clip.context_length, clip.positional_embedding.device
     if clip.vocab_size != tokenize.vocab_size:
-        raise ValueError(f"the text tower knows {clip.vocab_size} tokens but CLIP's tokenizer makes {tokenize.vocab_size}")
+        raise ValueError(
+            f"the text tower knows {clip.vocab_size} tokens but CLIP's tokenizer makes {tokenize.vocab_size}"
+        )
     texts = [t.replace("{}", name) for name in names for t in templates]
     for t in texts:
         if (size := len(tokenize.encode(t)) + 2) > length:
@@ -84,7 +93,9 @@ def read_embeddings(
         with safe_open(path, "pt") as f:
             text, header = f.get_tensor("text"), f.metadata() or {}
     if text.ndim != 3:
-        raise ValueError(f"{path} holds an array of shape {tuple(text.shape)}, (classes, templates, embedding) is needed")
+        raise ValueError(
+            f"{path} holds an array of shape {tuple(text.shape)}, (classes, templates, embedding) is needed"
+        )
     for axis, (what, want) in enumerate({"class names": names, "templates": templates}.items()):
         if want is None:
             continue

@@ -50,6 +50,7 @@ class RunOptions:
     resume: bool = True  # continue from the states in `out`; False: start anew
     progress: bool = True  # show bars
 
+
 @dataclass
 class Run:
     "A run in progress."
@@ -97,10 +98,13 @@ class Progress:
     losses: list = field(default_factory=list)  # terms of the steps since the last line of the log
     random: dict = field(default_factory=dict)  # states of the generators to go on with
 
+
 def random_states(run: Run) -> dict[str, Tensor]:
     "The states of all processes' generators (processes, bytes)."
     device = run.accelerator.device
-    states = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    states = {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
     return {f"random.{name}": run.accelerator.gather(s.to(device)[None]).cpu() for name, s in states.items()}
 
 # %% ../nbs/28_training.ipynb #68df01ff
@@ -117,7 +121,11 @@ def save_state(run: Run, progress: Progress):
     if progress.losses:
         tensors["losses"] = torch.stack(progress.losses)
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
-    about = describe_run(run.recipe, run.bench, progress.t) | {"progress": {name: getattr(progress, name) for name in ("t", "seconds", "best", "skipped")}, "scaler": scaler, "processes": run.accelerator.num_processes}
+    about = describe_run(run.recipe, run.bench, progress.t) | {
+        "progress": {name: getattr(progress, name) for name in ("t", "seconds", "best", "skipped")},
+        "scaler": scaler,
+        "processes": run.accelerator.num_processes,
+    }
     write_state(run.out / "states", progress.t, tensors, about)
 
 # %% ../nbs/28_training.ipynb #4599fcc8
@@ -128,19 +136,27 @@ def restore(run: Run) -> Progress:
         return Progress()
     tensors, about = found
     there = asdict(resolve(**upgrade_fields(about["recipe"])))  # a field that is newer than the state has its default
-    if differ := [name for name, v in asdict(run.recipe).items() if there[name] != v] or [n for n in ("classes", "unseen") if list(about[n]) != list(getattr(run.bench, n))]:
-        raise ValueError(f"{run.out} holds a run with another {differ[0]}: give another folder, or resume = False to overwrite it")
+    if differ := [name for name, v in asdict(run.recipe).items() if there[name] != v] or [
+        n for n in ("classes", "unseen") if list(about[n]) != list(getattr(run.bench, n))
+    ]:
+        raise ValueError(
+            f"{run.out} holds a run with another {differ[0]}: give another folder, or resume = False to overwrite it"
+        )
     take = lambda prefix: {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     load_trainable_state(run.model, take("model."), run.out)
     for name, p in run.model.named_parameters():
         if p.requires_grad:
-            run.trainer.opt.state[p] = {key: tensors[f"adamw.{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+            run.trainer.opt.state[p] = {
+                key: tensors[f"adamw.{key}.{name}"].to(p.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     random = {name: states[rank] for name, states in take("random.").items()} if about["processes"] == world else {}
     if about["scaler"] and run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(about["scaler"])
     losses = [row.to(run.accelerator.device) for row in tensors.get("losses", [])]
     return Progress(**about["progress"], losses=losses, random=random)
+
 
 def set_random(run: Run, random: dict[str, Tensor]):
     "Let the generators go on where a state left them."
@@ -157,15 +173,23 @@ def log_losses(run: Run, log: Log, progress: Progress, verdicts: ConvergenceRepo
     mean = dict(zip(names, torch.stack(progress.losses).mean(0).tolist()))
     if not math.isfinite(sum(mean.values())):
         t = progress.t
-        raise FloatingPointError(f"the loss is not finite in iterations {t - len(progress.losses) + 1} to {t} ({mean}): a smaller lr, or precision = 'no', may help; the state before is in {run.out / 'states'}")
+        raise FloatingPointError(
+            f"the loss is not finite in iterations {t - len(progress.losses) + 1} to {t} ({mean}): a smaller lr, or precision = 'no', may help; the state before is in {run.out / 'states'}"
+        )
     if run.main:
         log.write(iteration=progress.t, lr=lr_at(progress.t - 1, run.recipe), **mean)
     bar.set_postfix({name: f"{v:.2f}" for name, v in mean.items()})
     progress.losses = []
 
+
 def log_scores(log: Log, iteration: int, scores: dict, **more):
     "One line with the metrics of each path."
-    log.write(iteration=iteration, **more, **{f"{path}.{m}": v for path, s in scores.items() for m, v in s.items() if m != "iou"})
+    log.write(
+        iteration=iteration,
+        **more,
+        **{f"{path}.{m}": v for path, s in scores.items() for m, v in s.items() if m != "iou"},
+    )
+
 
 def validate_and_save(run: Run, log: Log, progress: Progress):
     "Metrics of a few images, the best checkpoint, and the state."
@@ -192,8 +216,16 @@ def ignore_ctrl_c(worker: int):
 def train_loop(run: Run, log: Log, progress: Progress):
     "Train from where the run is to the end. Raises SystemExit or KeyboardInterrupt where it was asked to stop; the state is saved then."
     r, acc = run.recipe, run.accelerator
-    batches = EndlessBatches(len(run.crops), r.batch_size, r.seed, r.max_iters, progress.t, acc.process_index, acc.num_processes)
-    loader = DataLoader(run.crops, batch_sampler=batches, num_workers=run.workers, pin_memory=acc.device.type == "cuda", worker_init_fn=ignore_ctrl_c)
+    batches = EndlessBatches(
+        len(run.crops), r.batch_size, r.seed, r.max_iters, progress.t, acc.process_index, acc.num_processes
+    )
+    loader = DataLoader(
+        run.crops,
+        batch_sampler=batches,
+        num_workers=run.workers,
+        pin_memory=acc.device.type == "cuda",
+        worker_init_fn=ignore_ctrl_c,
+    )
     bar = tqdm(total=r.max_iters, initial=progress.t, desc=run_name(r), disable=not (run.options.progress and run.main))
     began, before, batches = datetime.now(timezone.utc), progress.seconds, iter(loader)
     set_random(run, progress.random)  # after the reader, which draws a number when it begins
@@ -216,7 +248,9 @@ def train_loop(run: Run, log: Log, progress: Progress):
             elif asked:
                 save_state(run, progress)
             if asked and t < r.max_iters:
-                raise (KeyboardInterrupt if stop.asked == signal.SIGINT else SystemExit)(f"stopped after iteration {t} of {r.max_iters}; the same command goes on from there")
+                raise (KeyboardInterrupt if stop.asked == signal.SIGINT else SystemExit)(
+                    f"stopped after iteration {t} of {r.max_iters}; the same command goes on from there"
+                )
 
 # %% ../nbs/28_training.ipynb #9b9de77c
 def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
@@ -232,12 +266,16 @@ def check_same_model(there: Recipe, here: Recipe, path):
     "Refuse weights that fit in shape but were trained for another model."
     for name in ("clip", "attention", "depth", "eps", "marginals", "prompts", "templates", "copies", "image_size"):
         if getattr(there, name) != getattr(here, name):
-            raise ValueError(f"{path} was trained with {name} = {getattr(there, name)!r}, but this recipe has {getattr(here, name)!r}")
+            raise ValueError(
+                f"{path} was trained with {name} = {getattr(there, name)!r}, but this recipe has {getattr(here, name)!r}"
+            )
+
 
 def imitates_bf16() -> bool:
     "Whether this CPU has no instructions for bf16, as far as PyTorch tells."
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and not supported()
+
 
 def check_precision(precision: str):
     "Refuse a precision that the device cannot compute in, and warn of one that it imitates. Raises ValueError."
@@ -246,12 +284,15 @@ def check_precision(precision: str):
     if precision == "fp16":
         raise ValueError("precision = 'fp16' needs a GPU: use 'bf16' or 'no'")
     if precision == "bf16" and imitates_bf16():
-        warnings.warn("precision = 'bf16', but this CPU has no instructions for it and imitates them, many times slower than float32: use 'no'")
+        warnings.warn(
+            "precision = 'bf16', but this CPU has no instructions for it and imitates them, many times slower than float32: use 'no'"
+        )
 
 # %% ../nbs/28_training.ipynb #70693634
 def inductive_of(recipe: Recipe) -> Recipe:
     "The inductive run that a transductive one starts from."
     return resolve(recipe.dataset, "inductive", **differences(recipe))
+
 
 def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
     "The checkpoint that a transductive run starts from: half-way through the same inductive run in `folder`."
@@ -259,21 +300,25 @@ def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"transductive training starts from an inductive run, but there is no {path}: "
-            "run the setting 'inductive' first, or give init")
+            "run the setting 'inductive' first, or give init"
+        )
     return path
+
 
 def new_accelerator(precision: str) -> Accelerator:
     "An accelerator that does not inherit the precision or the processes of an earlier run in the same interpreter."
     AcceleratorState._reset_state(reset_partial_state=True)  # no public way
     return Accelerator(mixed_precision=precision)
 
+
 def setup_run(
     recipe: Recipe,
     options: RunOptions,
 ) -> Run:
     "Check everything that can be checked before the first step, and put the run together."
-    bench = load_benchmark(BenchmarkSource(
-        recipe.dataset, recipe.split, options.root, recipe.unseen, recipe.clip, options.clip_weights))
+    bench = load_benchmark(
+        BenchmarkSource(recipe.dataset, recipe.split, options.root, recipe.unseen, recipe.clip, options.clip_weights)
+    )
     rows, table = training_classes_and_labels(recipe.setting, bench)
     train, val = bench.images("train"), bench.images("val")
     init = options.init
@@ -287,9 +332,16 @@ def setup_run(
         check_same_model(load_weights(model, init, bench.classes)["recipe"], recipe, init)
     net, opt = accelerator.prepare(model, make_optimizer(model, recipe))
     trainer = Trainer(
-        recipe=recipe, bench=bench, accelerator=accelerator, model=model, net=net, opt=opt, text=model.text[rows],
+        recipe=recipe,
+        bench=bench,
+        accelerator=accelerator,
+        model=model,
+        net=net,
+        opt=opt,
+        text=model.text[rows],
         unseen=torch.tensor(bench.unseen, dtype=torch.long, device=model.text.device),
-        per_device=options.per_device or recipe.batch_size)
+        per_device=options.per_device or recipe.batch_size,
+    )
     workers = default_workers(recipe.dataset) if options.workers is None else options.workers
     return Run(trainer, options, TrainCrops(train, recipe, table), EvalView(val, recipe), workers)
 
@@ -310,7 +362,9 @@ def fit(
     recipe: Recipe,  # from `resolve`
     out: str | Path,  # folder for checkpoints, log.jsonl and record.json; made if it does not exist
     *,
-    init: str | Path | None = None,  # checkpoint to start from; the transductive setting looks for its inductive run beside `out`
+    init: str
+    | Path
+    | None = None,  # checkpoint to start from; the transductive setting looks for its inductive run beside `out`
     root: str | Path | None = None,  # folder of the dataset, or one above it; None: the environment variable OTSEG_DATA
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None,  # images at a time on a device; None: its whole share of the batch
@@ -338,9 +392,16 @@ def finish_run(run: Run, log: Log, progress: Progress, started: datetime) -> dic
     metrics = validate(run.model, run.bench, run.recipe, run.val, **options)
     dense = validate_dense_clip(run.model, run.bench, run.recipe, run.val, **options)
     record = make_record(
-        run.recipe, run.bench, device=run.accelerator.device, started=started, seconds=progress.seconds,
-        metrics={**metrics, "dense_clip": dense}, processes=run.accelerator.num_processes,
-        compiled=run.accelerator.state.dynamo_plugin.backend.value.lower(), skipped_images=progress.skipped)
+        run.recipe,
+        run.bench,
+        device=run.accelerator.device,
+        started=started,
+        seconds=progress.seconds,
+        metrics={**metrics, "dense_clip": dense},
+        processes=run.accelerator.num_processes,
+        compiled=run.accelerator.state.dynamo_plugin.backend.value.lower(),
+        skipped_images=progress.skipped,
+    )
     if run.main:
         log_scores(log, run.recipe.max_iters, metrics, final=True)
         write_json(run.out / "record.json", record)

@@ -8,7 +8,12 @@ __all__ = ['EXTRA', 'palette', 'overlay', 'picture', 'show_predictions', 'plan_m
 # %% ../nbs/30_viz.ipynb #c112c71f
 import re
 from io import BytesIO
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
@@ -17,70 +22,107 @@ from .images import IGNORE
 from .metrics import METRICS
 
 # %% ../nbs/30_viz.ipynb #d9c8dccc
-EXTRA = '#620027 #271489 #9dffc4 #006262 #763b14 #62624e #c41489 #b1c4b1 #003b4e #6289ff'.split()
+EXTRA = "#620027 #271489 #9dffc4 #006262 #763b14 #62624e #c41489 #b1c4b1 #003b4e #6289ff".split()
 
-def palette(k # number of classes, at most 20
-           ): # (k, 3) float RGB in [0, 1]
+
+def palette(
+    k,  # number of classes, at most 20
+):  # (k, 3) float RGB in [0, 1]
     "Colours that colour-blind readers can tell apart, too. Raises `ValueError` for more than 20."
-    colors = np.array(sns.color_palette([*sns.color_palette('colorblind'), *EXTRA]))
-    if k > len(colors): raise ValueError(f"{k} classes but only {len(colors)} distinguishable colours: pass the dataset's palette")
+    colors = np.array(sns.color_palette([*sns.color_palette("colorblind"), *EXTRA]))
+    if k > len(colors):
+        raise ValueError(f"{k} classes but only {len(colors)} distinguishable colours: pass the dataset's palette")
     return colors[:k]
 
 # %% ../nbs/30_viz.ipynb #0bb20f76
-def _array(t): return t.detach().cpu().numpy() if torch.is_tensor(t) else np.asarray(t)
+def _array(t):
+    return t.detach().cpu().numpy() if torch.is_tensor(t) else np.asarray(t)
+
 
 def _rgb(image):
     "(3, H, W) uint8, or float in [0, 1], as an (H, W, 3) float array."
     a = _array(image)
-    if a.ndim != 3 or a.shape[0] != 3: raise ValueError(f"image has shape {a.shape}: expected (3, H, W)")
-    a = a.transpose(1, 2, 0)/(255 if a.dtype == np.uint8 else 1)
-    if a.min() < 0 or a.max() > 1: raise ValueError(f"image holds values from {a.min():.2f} to {a.max():.2f}: expected [0, 1], so undo the normalisation first")
+    if a.ndim != 3 or a.shape[0] != 3:
+        raise ValueError(f"image has shape {a.shape}: expected (3, H, W)")
+    a = a.transpose(1, 2, 0) / (255 if a.dtype == np.uint8 else 1)
+    if a.min() < 0 or a.max() > 1:
+        raise ValueError(
+            f"image holds values from {a.min():.2f} to {a.max():.2f}: expected [0, 1], so undo the normalisation first"
+        )
     return a
+
 
 def _mask(mask, k):
     "(H, W) class indices as an int array."
     a = _array(mask).astype(int)
-    if a.ndim != 2: raise ValueError(f"mask has shape {a.shape}: expected (H, W)")
-    if len(bad := a[((a < 0) | (a >= k)) & (a != IGNORE)]): raise ValueError(f"mask holds {bad[0]} but there are {k} names: expected 0 to {k - 1}, or {IGNORE} to ignore")
+    if a.ndim != 2:
+        raise ValueError(f"mask has shape {a.shape}: expected (H, W)")
+    if len(bad := a[((a < 0) | (a >= k)) & (a != IGNORE)]):
+        raise ValueError(f"mask holds {bad[0]} but there are {k} names: expected 0 to {k - 1}, or {IGNORE} to ignore")
     return a
+
 
 def _colors(given, k):
     "`palette(k)`, or the given one as float RGB."
-    if given is None: return palette(k)
+    if given is None:
+        return palette(k)
     a = _array(given)
-    if a.shape != (k, 3): raise ValueError(f"palette has shape {a.shape} but there are {k} names: expected ({k}, 3)")
-    return a/255 if np.issubdtype(a.dtype, np.integer) else a
+    if a.shape != (k, 3):
+        raise ValueError(f"palette has shape {a.shape} but there are {k} names: expected ({k}, 3)")
+    return a / 255 if np.issubdtype(a.dtype, np.integer) else a
 
 # %% ../nbs/30_viz.ipynb #b94e4a62
 def _ink(colors):
     "White for dark colours, black for light ones."
-    return np.where(colors @ (.299, .587, .114) < .5, 1., 0.)[:, None].repeat(3, 1)
+    return np.where(colors @ (0.299, 0.587, 0.114) < 0.5, 1.0, 0.0)[:, None].repeat(3, 1)
 
-def _paint(mask, colors, unseen, under=None, alpha=1.):
+
+def _paint(mask, colors, unseen, under=None, alpha=1.0):
     "`mask` in colours, blended over the RGB array `under`; unseen classes striped."
-    f = max(1, round(256/max(mask.shape)))  # small masks are upsample_in_bands, so that stripes fit into them
+    f = max(1, round(256 / max(mask.shape)))  # small masks are upsample_in_bands, so that stripes fit into them
     mask = mask.repeat(f, 0).repeat(f, 1)
     out = np.ones((*mask.shape, 3)) if under is None else under.repeat(f, 0).repeat(f, 1)
     known = mask != IGNORE
-    out[known] = alpha*colors[mask[known]] + (1 - alpha)*out[known]
+    out[known] = alpha * colors[mask[known]] + (1 - alpha) * out[known]
     y, x = np.indices(mask.shape)
-    stripe = np.isin(mask, list(unseen)) & ((x + y) % (max(mask.shape)/12) < max(mask.shape)/40)
+    stripe = np.isin(mask, list(unseen)) & ((x + y) % (max(mask.shape) / 12) < max(mask.shape) / 40)
     out[stripe] = _ink(colors)[mask[stripe]]
     return out
 
+
 def _figure(rows, cols, width, height):
     "A grid of axes; `width` and `height` of one, in inches."
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*width, rows*height), dpi=80, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(
+        rows, cols, figsize=(cols * width, rows * height), dpi=80, squeeze=False, layout="constrained"
+    )
     plt.close(fig)  # a notebook shows the returned figure, and not a second time at the end of the cell
     return fig, axes
+
 
 def _legend(fig, masks, names, colors, unseen):
     "One entry below the figure for each class in the masks, the unseen ones last, striped and marked."
     present = sorted(set().union(*map(np.unique, masks)) - {IGNORE}, key=lambda i: (i in unseen, i))
     ink = _ink(colors)
-    handles = [Patch(facecolor=colors[i], edgecolor=ink[i], hatch='////' if i in unseen else None, label=names[i] + ' (unseen)'*(i in unseen)) for i in present]
-    room = fig.get_figwidth()/(.55 + .075*max([len(h.get_label()) for h in handles], default=0))  # inches of a patch, and of a letter
-    if handles: fig.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), max(1, int(room))), fontsize=9, frameon=False)
+    handles = [
+        Patch(
+            facecolor=colors[i],
+            edgecolor=ink[i],
+            hatch="////" if i in unseen else None,
+            label=names[i] + " (unseen)" * (i in unseen),
+        )
+        for i in present
+    ]
+    room = fig.get_figwidth() / (
+        0.55 + 0.075 * max([len(h.get_label()) for h in handles], default=0)
+    )  # inches of a patch, and of a letter
+    if handles:
+        fig.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(len(handles), max(1, int(room))),
+            fontsize=9,
+            frameon=False,
+        )
 
 # %% ../nbs/30_viz.ipynb #c33f4ba6
 def _centre(inside):
@@ -89,181 +131,285 @@ def _centre(inside):
         last, p = inside, np.pad(inside, 1)
         inside = p[1:-1, 1:-1] & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
     y, x = np.argwhere(last).T
-    i = np.argmin((y - y.mean())**2 + (x - x.mean())**2)
+    i = np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2)
     return y[i], x[i]
+
 
 def _number(ax, mask, f):
     "Write each class's number, from 1, into its region; `f` is by how much the drawing is upsample_in_bands."
     for i in np.setdiff1d(np.unique(mask), [IGNORE]):
-        step = max(1, max(mask.shape)//128)
+        step = max(1, max(mask.shape) // 128)
         small = (mask == i)[::step, ::step]
-        if small.mean() < .003: continue
-        y, x = (np.array(_centre(small))*step + .5)*f
-        ax.text(x, y, i + 1, ha='center', va='center', fontsize=8, color='white', bbox=dict(boxstyle='round,pad=.15', fc='black', ec='none', alpha=.7))
+        if small.mean() < 0.003:
+            continue
+        y, x = (np.array(_centre(small)) * step + 0.5) * f
+        ax.text(
+            x,
+            y,
+            i + 1,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white",
+            bbox=dict(boxstyle="round,pad=.15", fc="black", ec="none", alpha=0.7),
+        )
 
 # %% ../nbs/30_viz.ipynb #c220b4fd
-def overlay(image, # (3, H, W), uint8 or float in [0, 1]
-            mask, # (H, W) class indices, 255 = ignore
-            names, # k class names
-            unseen=(), # indices of the unseen classes
-            palette=None, # (k, 3) RGB, integers of 0..255 or floats; None: `palette(k)`
-            alpha=.65, # opacity of the mask
-            numbers=False # write numbers into the regions and the legend, so that no reader needs the colours
-           ): # Figure
+def overlay(
+    image,  # (3, H, W), uint8 or float in [0, 1]
+    mask,  # (H, W) class indices, 255 = ignore
+    names,  # k class names
+    unseen=(),  # indices of the unseen classes
+    palette=None,  # (k, 3) RGB, integers of 0..255 or floats; None: `palette(k)`
+    alpha=0.65,  # opacity of the mask
+    numbers=False,  # write numbers into the regions and the legend, so that no reader needs the colours
+):  # Figure
     "An image beside the same image under its mask."
     rgb, mask, colors = _rgb(image), _mask(mask, len(names)), _colors(palette, len(names))
-    if rgb.shape[:2] != mask.shape: raise ValueError(f"image is {rgb.shape[:2]} but mask is {mask.shape}: resize the mask to the image")
-    tall = mask.shape[0]/mask.shape[1]
-    width = 2.4*min(1, 2/tall)
-    fig, axes = _figure(1, 2, width, max(width*tall, .4) + .4)
+    if rgb.shape[:2] != mask.shape:
+        raise ValueError(f"image is {rgb.shape[:2]} but mask is {mask.shape}: resize the mask to the image")
+    tall = mask.shape[0] / mask.shape[1]
+    width = 2.4 * min(1, 2 / tall)
+    fig, axes = _figure(1, 2, width, max(width * tall, 0.4) + 0.4)
     painted = _paint(mask, colors, unseen, rgb, alpha)
-    for ax, a in zip(axes[0], (rgb, painted)): ax.imshow(a); ax.axis('off')
+    for ax, a in zip(axes[0], (rgb, painted)):
+        ax.imshow(a)
+        ax.axis("off")
     if numbers:
-        _number(axes[0, 1], mask, len(painted)/len(mask))
-        names = [f'{i + 1} {name}' for i, name in enumerate(names)]
+        _number(axes[0, 1], mask, len(painted) / len(mask))
+        names = [f"{i + 1} {name}" for i, name in enumerate(names)]
     _legend(fig, [mask], names, colors, set(unseen))
     return fig
 
 # %% ../nbs/30_viz.ipynb #ac5cd55b
-def picture(fig, # Figure
-            colors=128 # at most 256
-           ): # PIL image with a colour table
+def picture(
+    fig,  # Figure
+    colors=128,  # at most 256
+):  # PIL image with a colour table
     "A figure as an image with few colours: looks the same at 80 dpi and takes a fraction of the bytes."
     png = BytesIO()
-    fig.savefig(png, dpi=80, format='png')
-    return Image.open(png).convert('RGB').quantize(colors, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    fig.savefig(png, dpi=80, format="png")
+    return (
+        Image.open(png).convert("RGB").quantize(colors, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    )
 
 # %% ../nbs/30_viz.ipynb #c053b155
-def show_predictions(images, # b images (3, H, W), uint8 or float in [0, 1]
-                     labels, # b masks (H, W), 255 = ignore
-                     preds, # dict: path -> b masks (H, W)
-                     names, # k class names
-                     unseen=(), # indices of the unseen classes
-                     palette=None # (k, 3) RGB, integers of 0..255 or floats; None: `palette(k)`
-                    ): # Figure
+def show_predictions(
+    images,  # b images (3, H, W), uint8 or float in [0, 1]
+    labels,  # b masks (H, W), 255 = ignore
+    preds,  # dict: path -> b masks (H, W)
+    names,  # k class names
+    unseen=(),  # indices of the unseen classes
+    palette=None,  # (k, 3) RGB, integers of 0..255 or floats; None: `palette(k)`
+):  # Figure
     "A grid of images, truth and the prediction of each path. Raises `ValueError` where their numbers or sizes differ."
     colors, b = _colors(palette, len(names)), len(images)
-    columns = {'truth': [_mask(m, len(names)) for m in labels]} | {path: [_mask(m, len(names)) for m in ms] for path, ms in preds.items()}
+    columns = {"truth": [_mask(m, len(names)) for m in labels]} | {
+        path: [_mask(m, len(names)) for m in ms] for path, ms in preds.items()
+    }
     for name, masks in columns.items():
-        if len(masks) != b: raise ValueError(f"{b} images but {len(masks)} masks of {name}")
-        for m, t in zip(masks, columns['truth']):
-            if m.shape != t.shape: raise ValueError(f"a mask of {name} is {m.shape} but its truth is {t.shape}: resize the prediction")
+        if len(masks) != b:
+            raise ValueError(f"{b} images but {len(masks)} masks of {name}")
+        for m, t in zip(masks, columns["truth"]):
+            if m.shape != t.shape:
+                raise ValueError(f"a mask of {name} is {m.shape} but its truth is {t.shape}: resize the prediction")
     fig, axes = _figure(b, 1 + len(columns), 1.6, 1.75)
-    for row, image in zip(axes, images): row[0].imshow(_rgb(image)); row[0].set_axis_off()
+    for row, image in zip(axes, images):
+        row[0].imshow(_rgb(image))
+        row[0].set_axis_off()
     for col, (name, masks) in zip(axes.T[1:], columns.items()):
-        for ax, m, t in zip(col, masks, columns['truth']):
-            ax.imshow(_paint(m, colors, unseen)); ax.set(xticks=[], yticks=[])
-            if name != 'truth' and (t != IGNORE).any(): ax.set_xlabel(f"pAcc {100*(m == t)[t != IGNORE].mean():.0f} %", fontsize=9)
-    for ax, name in zip(axes[0], ['image', *columns]): ax.set_title(name, fontsize=10)
+        for ax, m, t in zip(col, masks, columns["truth"]):
+            ax.imshow(_paint(m, colors, unseen))
+            ax.set(xticks=[], yticks=[])
+            if name != "truth" and (t != IGNORE).any():
+                ax.set_xlabel(f"pAcc {100 * (m == t)[t != IGNORE].mean():.0f} %", fontsize=9)
+    for ax, name in zip(axes[0], ["image", *columns]):
+        ax.set_title(name, fontsize=10)
     _legend(fig, [m for ms in columns.values() for m in ms], names, colors, set(unseen))
     return fig
 
 # %% ../nbs/30_viz.ipynb #c2d46fc9
-def plan_maps(T, # (m, n) plan of one class or (k, m, n) of several; sums to 1 over m and n
-              h, w, # token grid, m = h*w
-              names=None, # k row titles: class names
-              prompts=None, # n column titles; None: numbers
-              image=None # (3, H, W) to show first in each row, uint8 or float in [0, 1]
-             ): # Figure
+def plan_maps(
+    T,  # (m, n) plan of one class or (k, m, n) of several; sums to 1 over m and n
+    h,
+    w,  # token grid, m = h*w
+    names=None,  # k row titles: class names
+    prompts=None,  # n column titles; None: numbers
+    image=None,  # (3, H, W) to show first in each row, uint8 or float in [0, 1]
+):  # Figure
     "The plan of each prompt over the token grid, relative to the uniform plan (= 1)."
     T = torch.as_tensor(T).detach().cpu().float()
     T = T[None] if T.ndim == 2 else T
-    if T.ndim != 3 or T.shape[1] != h*w: raise ValueError(f"plan has shape {tuple(T.shape)} but the grid is {h} x {w}: expected (k, {h*w}, n)")
+    if T.ndim != 3 or T.shape[1] != h * w:
+        raise ValueError(f"plan has shape {tuple(T.shape)} but the grid is {h} x {w}: expected (k, {h * w}, n)")
     k, m, n = T.shape
-    names, prompts = names or ['']*k, prompts or [f'prompt {i + 1}' for i in range(n)]
-    if (len(names), len(prompts)) != (k, n): raise ValueError(f"plan has {k} classes and {n} prompts but got {len(names)} names and {len(prompts)} prompt titles")
-    maps, first = (m*n*T).reshape(k, h, w, n).numpy(), image is not None
-    top = max(np.quantile(maps, .99), 1.01)  # a few pixels may have much more: they are drawn at the top colour
-    fig, axes = _figure(k, n + first, 1.6, 1.5*h/w + .25)
+    names, prompts = names or [""] * k, prompts or [f"prompt {i + 1}" for i in range(n)]
+    if (len(names), len(prompts)) != (k, n):
+        raise ValueError(
+            f"plan has {k} classes and {n} prompts but got {len(names)} names and {len(prompts)} prompt titles"
+        )
+    maps, first = (m * n * T).reshape(k, h, w, n).numpy(), image is not None
+    top = max(np.quantile(maps, 0.99), 1.01)  # a few pixels may have much more: they are drawn at the top colour
+    fig, axes = _figure(k, n + first, 1.6, 1.5 * h / w + 0.25)
     for row, name, plans in zip(axes, names, maps):
-        if first: row[0].imshow(_rgb(image))
-        for j, ax in enumerate(row[int(first):]): heat = ax.imshow(plans[..., j], cmap='cividis', vmin=0, vmax=top)
+        if first:
+            row[0].imshow(_rgb(image))
+        for j, ax in enumerate(row[int(first) :]):
+            heat = ax.imshow(plans[..., j], cmap="cividis", vmin=0, vmax=top)
         row[0].set_ylabel(name)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axes[0], ['image']*first + list(prompts)): ax.set_title(title, fontsize=9, wrap=True)
-    fig.colorbar(heat, ax=axes, label='mass (uniform = 1)', extend='max', aspect=12)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], ["image"] * first + list(prompts)):
+        ax.set_title(title, fontsize=9, wrap=True)
+    fig.colorbar(heat, ax=axes, label="mass (uniform = 1)", extend="max", aspect=12)
     return fig
 
 # %% ../nbs/30_viz.ipynb #c640d41f
-def plot_explanation(image, # (3, H, W), uint8 or float in [0, 1]
-             mask, # (H, W) class indices, 255 = ignore
-             names, # k class names
-             shown, # indices of the r classes to explain
-             score, # (r, n, h, w) what each prompt adds to the score
-             plan, # (r, n, h, w) mass of each prompt, relative to the uniform plan (= 1)
-             mps, # (r, h, w) logits of the path without weights
-             mpsa, # (r, h, w) logits of the decoder
-             prompts, # n column titles
-             palette=None # (k, 3) RGB, integers of 0..255 or floats; None: `palette(k)`
-            ): # Figure
+def plot_explanation(
+    image,  # (3, H, W), uint8 or float in [0, 1]
+    mask,  # (H, W) class indices, 255 = ignore
+    names,  # k class names
+    shown,  # indices of the r classes to explain
+    score,  # (r, n, h, w) what each prompt adds to the score
+    plan,  # (r, n, h, w) mass of each prompt, relative to the uniform plan (= 1)
+    mps,  # (r, h, w) logits of the path without weights
+    mpsa,  # (r, h, w) logits of the decoder
+    prompts,  # n column titles
+    palette=None,  # (k, 3) RGB, integers of 0..255 or floats; None: `palette(k)`
+):  # Figure
     "Two rows for each class: mask, scores of the prompts and MPS; image, plans of the prompts and MPSA."
     rgb, mask, colors = _rgb(image), _mask(mask, len(names)), _colors(palette, len(names))
     score, plan, mps, mpsa = map(_array, (score, plan, mps, mpsa))
     r, n = plan.shape[:2]
-    if not len(shown) == r == len(mps) or len(prompts) != n: raise ValueError(f"{len(shown)} classes and {len(prompts)} prompt titles but plans of {r} classes and {n} prompts")
-    fig, axes = _figure(2*r, n + 2, 1.25, 1.25*mask.shape[0]/mask.shape[1] + .25)
-    top = lambda a: max(np.quantile(np.abs(a), .99), 1e-3)  # a few pixels may have much more: they are drawn at the top colour
-    scales = {name: dict(cmap='PuOr_r', vmin=-t, vmax=t) for name, t in (('score', top(score)), ('logit', top([mps, mpsa])))}
-    mass = dict(cmap='cividis', vmin=0, vmax=max(np.quantile(plan, .99), 1.01))
+    if not len(shown) == r == len(mps) or len(prompts) != n:
+        raise ValueError(
+            f"{len(shown)} classes and {len(prompts)} prompt titles but plans of {r} classes and {n} prompts"
+        )
+    fig, axes = _figure(2 * r, n + 2, 1.25, 1.25 * mask.shape[0] / mask.shape[1] + 0.25)
+    top = lambda a: max(
+        np.quantile(np.abs(a), 0.99), 1e-3
+    )  # a few pixels may have much more: they are drawn at the top colour
+    scales = {
+        name: dict(cmap="PuOr_r", vmin=-t, vmax=t) for name, t in (("score", top(score)), ("logit", top([mps, mpsa])))
+    }
+    mass = dict(cmap="cividis", vmin=0, vmax=max(np.quantile(plan, 0.99), 1.01))
     for i, (above, below) in enumerate(zip(axes[::2], axes[1::2])):
-        above[0].imshow(_paint(np.where(mask == shown[i], mask, IGNORE), colors, (), rgb, .8)); below[0].imshow(rgb)
-        above[0].set_ylabel(names[shown[i]], fontsize=10, fontweight='bold'); below[0].set_ylabel('plan', fontsize=9)
+        above[0].imshow(_paint(np.where(mask == shown[i], mask, IGNORE), colors, (), rgb, 0.8))
+        below[0].imshow(rgb)
+        above[0].set_ylabel(names[shown[i]], fontsize=10, fontweight="bold")
+        below[0].set_ylabel("plan", fontsize=9)
         for j in range(n):
-            heat, shares = above[1 + j].imshow(score[i, j], **scales['score']), below[1 + j].imshow(plan[i, j], **mass)
+            heat, shares = above[1 + j].imshow(score[i, j], **scales["score"]), below[1 + j].imshow(plan[i, j], **mass)
             above[1 + j].set_title(prompts[j], fontsize=8, wrap=True)
-        for ax, a, title in ((above[-1], mps[i], 'MPS'), (below[-1], mpsa[i], 'MPSA')):
-            logits = ax.imshow(a, **scales['logit']); ax.set_title(title, fontsize=8)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[])
-    for drawn, group, label in zip((heat, shares, logits), np.array_split(axes[-1], 3), ('score', 'mass (uniform = 1)', 'logit')):
-        bar = fig.colorbar(drawn, ax=list(group), location='bottom', label=label, shrink=.9, aspect=14, pad=.05, extend='max' if drawn is shares else 'both')
+        for ax, a, title in ((above[-1], mps[i], "MPS"), (below[-1], mpsa[i], "MPSA")):
+            logits = ax.imshow(a, **scales["logit"])
+            ax.set_title(title, fontsize=8)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for drawn, group, label in zip(
+        (heat, shares, logits), np.array_split(axes[-1], 3), ("score", "mass (uniform = 1)", "logit")
+    ):
+        bar = fig.colorbar(
+            drawn,
+            ax=list(group),
+            location="bottom",
+            label=label,
+            shrink=0.9,
+            aspect=14,
+            pad=0.05,
+            extend="max" if drawn is shares else "both",
+        )
         bar.ax.tick_params(labelsize=8)
     return fig
 
 # %% ../nbs/30_viz.ipynb #e7d84216
-def prompt_rows(rows, # of (name, kind, title, picture (3, H, W), maps (n, h, w), title of the sum, sum (h, w)); kind: 'score', or 'mass' (uniform = 1)
-                prompts # n column titles
-               ): # Figure
+def prompt_rows(
+    rows,  # of (name, kind, title, picture (3, H, W), maps (n, h, w), title of the sum, sum (h, w)); kind: 'score', or 'mass' (uniform = 1)
+    prompts,  # n column titles
+):  # Figure
     "For each row a picture, a map for each prompt, and what they make together."
-    fig, axes = _figure(len(rows), len(prompts) + 2, .95, .95*rows[0][3].shape[-2]/rows[0][3].shape[-1] + .2)
-    maps = {kind: np.concatenate([_array(r[4]).ravel() for r in rows if r[1] == kind]) for kind in dict.fromkeys(r[1] for r in rows)}
-    top = lambda a: max(np.quantile(np.abs(a), .99), 1e-3)  # a few pixels may have much more: they are drawn at the top colour
-    scale = lambda a: dict(cmap='PuOr_r', vmin=-top(a), vmax=top(a))
-    styles = {kind: scale(a) if kind == 'score' else dict(cmap='cividis', vmin=0, vmax=max(top(a), 1.01)) for kind, a in maps.items()}
+    fig, axes = _figure(len(rows), len(prompts) + 2, 0.95, 0.95 * rows[0][3].shape[-2] / rows[0][3].shape[-1] + 0.2)
+    maps = {
+        kind: np.concatenate([_array(r[4]).ravel() for r in rows if r[1] == kind])
+        for kind in dict.fromkeys(r[1] for r in rows)
+    }
+    top = lambda a: max(
+        np.quantile(np.abs(a), 0.99), 1e-3
+    )  # a few pixels may have much more: they are drawn at the top colour
+    scale = lambda a: dict(cmap="PuOr_r", vmin=-top(a), vmax=top(a))
+    styles = {
+        kind: scale(a) if kind == "score" else dict(cmap="cividis", vmin=0, vmax=max(top(a), 1.01))
+        for kind, a in maps.items()
+    }
     heat = {}
     for ax, (name, kind, title, picture, own, last, total) in zip(axes, rows):
-        ax[0].imshow(_rgb(picture)); ax[0].set_title(title, fontsize=8); ax[0].set_ylabel(name, fontsize=8)
-        for a, one in zip(ax[1:-1], _array(own)): heat[kind] = a.imshow(one, **styles[kind])
-        for a in ax[1 + len(own):-1]: a.set_axis_off()
-        ax[-1].imshow(_array(total), **scale(_array(total))); ax[-1].set_title(last, fontsize=8)
-    for a, title in zip(axes[0, 1:], prompts): a.set_title(title, fontsize=8)
-    for a in axes.flat: a.set(xticks=[], yticks=[])
+        ax[0].imshow(_rgb(picture))
+        ax[0].set_title(title, fontsize=8)
+        ax[0].set_ylabel(name, fontsize=8)
+        for a, one in zip(ax[1:-1], _array(own)):
+            heat[kind] = a.imshow(one, **styles[kind])
+        for a in ax[1 + len(own) : -1]:
+            a.set_axis_off()
+        ax[-1].imshow(_array(total), **scale(_array(total)))
+        ax[-1].set_title(last, fontsize=8)
+    for a, title in zip(axes[0, 1:], prompts):
+        a.set_title(title, fontsize=8)
+    for a in axes.flat:
+        a.set(xticks=[], yticks=[])
     for (kind, drawn), group in zip(heat.items(), np.array_split(axes[-1, 1:-1], len(heat))):
-        bar = fig.colorbar(drawn, ax=list(group), location='bottom', shrink=.9, aspect=24, pad=.03, extend='max' if kind == 'mass' else 'both')
-        bar.ax.tick_params(labelsize=8); bar.set_label('mass (uniform = 1)' if kind == 'mass' else kind, fontsize=8)
+        bar = fig.colorbar(
+            drawn,
+            ax=list(group),
+            location="bottom",
+            shrink=0.9,
+            aspect=24,
+            pad=0.03,
+            extend="max" if kind == "mass" else "both",
+        )
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label("mass (uniform = 1)" if kind == "mass" else kind, fontsize=8)
     return fig
 
 # %% ../nbs/30_viz.ipynb #b1ae6b03
 def _long(log, columns, name):
     "Wide to long: columns iteration, setting, `name`, value, without the empty rows."
-    keep = [c for c in ('iteration', 'setting') if c in log]
-    return log.melt(keep, columns, name, 'value').dropna(subset='value')
+    keep = [c for c in ("iteration", "setting") if c in log]
+    return log.melt(keep, columns, name, "value").dropna(subset="value")
 
-def curves(log # DataFrame: iteration, losses, <path>.<metric> as fractions; optionally setting
-          ): # Figure
+
+def curves(
+    log,  # DataFrame: iteration, losses, <path>.<metric> as fractions; optionally setting
+):  # Figure
     "Losses, and one panel for each validation metric with a line for each path."
-    log = log.dropna(axis=1, how='all')  # U of a fully supervised run
-    losses = [c for c in log if re.search('loss|focal|dice', c)]
-    panels = {m: cols for m in METRICS if (cols := [c for c in log if re.fullmatch(rf'\w+\.{m}', c)])}
-    if 'iteration' not in log or not losses + [*panels]: raise ValueError(f"log has the columns {list(log)}: expected iteration, and losses or <path>.<metric> with a metric of {list(METRICS)}")
-    style = dict(x='iteration', y='value', palette='colorblind', style='setting' if 'setting' in log else None, errorbar=None, estimator=None)
+    log = log.dropna(axis=1, how="all")  # U of a fully supervised run
+    losses = [c for c in log if re.search("loss|focal|dice", c)]
+    panels = {m: cols for m in METRICS if (cols := [c for c in log if re.fullmatch(rf"\w+\.{m}", c)])}
+    if "iteration" not in log or not losses + [*panels]:
+        raise ValueError(
+            f"log has the columns {list(log)}: expected iteration, and losses or <path>.<metric> with a metric of {list(METRICS)}"
+        )
+    style = dict(
+        x="iteration",
+        y="value",
+        palette="colorblind",
+        style="setting" if "setting" in log else None,
+        errorbar=None,
+        estimator=None,
+    )
     fig, axes = _figure(1, bool(losses) + len(panels), 2.9, 2.7)
     if losses:
-        sns.lineplot(_long(log, losses, 'loss'), hue='loss', ax=axes[0, 0], lw=1, **style)
-        axes[0, 0].set(ylabel='loss', yscale='log')
-        axes[0, 0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter='{x:g}')
-    for ax, (metric, cols) in zip(axes[0, bool(losses):], panels.items()):
-        data = _long(log, cols, 'path').assign(path=lambda d: d.path.str.split('.').str[0], value=lambda d: 100*d.value)
-        sns.lineplot(data, hue='path', ax=ax, marker='o', markersize=4, **style)
-        ax.set(ylabel=f'{METRICS[metric]} (%)', ylim=(0, 100))
-    for ax in axes[0]: ax.grid(alpha=.3); ax.legend(fontsize=8, framealpha=.6)
+        sns.lineplot(_long(log, losses, "loss"), hue="loss", ax=axes[0, 0], lw=1, **style)
+        axes[0, 0].set(ylabel="loss", yscale="log")
+        axes[0, 0].yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}"
+        )
+    for ax, (metric, cols) in zip(axes[0, bool(losses) :], panels.items()):
+        data = _long(log, cols, "path").assign(
+            path=lambda d: d.path.str.split(".").str[0], value=lambda d: 100 * d.value
+        )
+        sns.lineplot(data, hue="path", ax=ax, marker="o", markersize=4, **style)
+        ax.set(ylabel=f"{METRICS[metric]} (%)", ylim=(0, 100))
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, framealpha=0.6)
     return fig

@@ -417,7 +417,7 @@ def official(tmp_path):
     open_clip.add_model_config(tmp_path / "otseg-test-arch.json")
     clip = open_clip.create_model("otseg-test-arch")
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
-    model = otseg.predict.OTSeg(clip.visual, torch.randn(20, 6, D), SIDE, visual_prompts=4)
+    model = otseg.predict.OTSeg(clip.visual, torch.randn(20, 6, D), image_size=SIDE, visual_prompts=4)
     state = {official_name(name): t for name, t in model.state_dict().items() if name != "text"}
     state["decode_head.loss_decode.criterion.empty_weight"] = torch.ones(16)  # 15 classes were trained, and one more
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "iter.pth")
