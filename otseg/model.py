@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .encoder import ImageEncoder, run_block
 from .mps import cosine, score_map
-from .mpsa import Decoder, start_from_identity
+from .mpsa import Decoder, init_identity_
 from .ot import PLANS
 
 # %% ../nbs/06_model.ipynb #ec09d10d
@@ -99,7 +99,7 @@ class OTSeg(nn.Module):
         self.descriptor = RelationshipDescriptor(d, init_from_clip)
         self.decoder = Decoder(d, depth, attention=attention, eps=eps, dropout=dropout, plan=self.transport)
         if init_from_clip:
-            start_from_identity(self.decoder, text.shape[1])
+            init_identity_(self.decoder, text.shape[1])
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Attention layers and decoder: what they gather and score, what learns, and where they start from."""
+"""Attention layers and decoder: attended values and scores, gradients, dropout, initialisation."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from helpers import close
 from torch import nn
 
 from otseg.mps import cosine, score_map
-from otseg.mpsa import ATTENTIONS, MPSA, Decoder, PlanScore, SoftmaxAttention, gather, start_from_identity, uniform_plan
+from otseg.mpsa import ATTENTIONS, MPSA, Decoder, SoftmaxAttention, gather_values, init_identity_, uniform_plan
 from otseg.ot import sinkhorn
 
 b, k, n, m, d = 2, 5, 4, 30, 16
@@ -27,13 +27,13 @@ def make(kind=Decoder, *args, **options):
 # one layer
 
 
-def test_gather():
+def test_gather_values():
     T, v = torch.rand(b, k, m, n), torch.randn(b, m, d)
-    close(gather(T, v), torch.einsum("bkmn,bmd->bknd", T, v))
+    close(gather_values(T, v), torch.einsum("bkmn,bmd->bknd", T, v))
 
 
 @torch.no_grad()
-def test_mpsa_is_the_definition():
+def test_mpsa_equals_its_definition():
     layer, (q, x) = make(MPSA, eps=0.1), inputs()
     out, score = layer(q, x)
     S = cosine(layer.k(x), layer.q(q))
@@ -53,7 +53,7 @@ def test_each_prompt_gathers_its_own_mass():
 
 
 @torch.no_grad()
-def test_softmax_attention_is_pytorch_s_own():
+def test_softmax_attention_equals_pytorch():
     layer, (q, x) = make(SoftmaxAttention, heads=4), inputs()
     reference = nn.MultiheadAttention(d, 4, batch_first=True).eval()
     reference.in_proj_weight.copy_(torch.cat([layer.q.weight, layer.k.weight, layer.v.weight]))
@@ -86,7 +86,7 @@ def test_uniform_is_the_limit_of_large_eps():
 @attentions
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 @torch.no_grad()
-def test_masks_are_the_definition(attention, depth):
+def test_masks_equal_their_definition(attention, depth):
     "Last score times the geometric mean of the other layers' sigmoids."
     decoder, (q, x) = make(depth=depth, attention=attention), inputs()
     masks, agreement = decoder(q, x), 1
@@ -128,16 +128,19 @@ def test_every_parameter_learns(attention):
 @attentions
 def test_autocast(attention):
     "Plans and cosines stay in float32, masks close to those of full precision, gradients in the weights' dtype."
-    decoder, (q, x) = make(attention=attention), inputs()
-    seen = []
-    for module in decoder.modules():
-        if isinstance(module, PlanScore):
-            module.plan = lambda C, eps, plan=module.plan: seen.append(C.dtype) or plan(C, eps=eps)
+    dtypes = set()
+
+    def plan(C, eps):
+        dtypes.add(C.dtype)
+        return sinkhorn(C, eps=eps)
+
+    decoder, (q, x) = make(attention=attention, plan=plan), inputs()
     with torch.autocast("cpu", torch.bfloat16):
         masks = decoder(q, x)
     masks.float().sum().backward()
     close(masks.float(), decoder(q, x), 0.1)
-    assert set(seen) <= {torch.float32} and all(p.grad.dtype == torch.float32 for p in decoder.parameters())
+    assert dtypes == ({torch.float32} if attention == "mpsa" else set())
+    assert all(p.grad.dtype == torch.float32 for p in decoder.parameters())
 
 
 @attentions
@@ -150,11 +153,48 @@ def test_dropout_only_while_training(attention):
     assert torch.equal(still(q, x), still.train()(q, x))
 
 
+def seeded(layer, q, x):
+    torch.manual_seed(3)
+    return layer(q, x)[0]
+
+
+@torch.no_grad()
+def test_dropout_draws_the_same_numbers_as_the_function():
+    "The modules give the same result and leave the generator in the same state as `F.dropout`."
+    layer, (q, x) = make(MPSA, dropout=0.3).train(), inputs()
+    ours, state = seeded(layer, q, x), torch.get_rng_state()
+    torch.manual_seed(3)
+    T = F.dropout(layer.transport(q, x)[0], 0.3, training=True)
+    assert torch.equal(ours, layer.proj(gather_values(T, layer.v(x)))) and torch.equal(torch.get_rng_state(), state)
+
+    layer = make(SoftmaxAttention, dropout=0.3).train()
+    ours, state = seeded(layer, q, x), torch.get_rng_state()
+    torch.manual_seed(3)
+    A = F.dropout(layer.logits(q, x).softmax(-1), 0.3, training=True)
+    out = torch.einsum("baknm,bmae->bknae", A, layer.v(x).unflatten(-1, (layer.heads, -1))).flatten(-2)
+    assert torch.equal(ours, layer.proj(out)) and torch.equal(torch.get_rng_state(), state)
+
+
+@attentions
+def test_dropout_can_be_switched_off_by_module_type(attention):
+    decoder, (q, x) = make(attention=attention, dropout=0.5), inputs()
+    calm = decoder(q, x)
+    for module in decoder.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert torch.equal(decoder(q, x), calm)
+
+
 @pytest.mark.parametrize("kind", [MPSA, SoftmaxAttention])
-def test_dropout_is_on_what_gathers_and_not_on_the_score(kind):
+def test_state_dict_holds_four_projections(kind):
+    assert {name.split(".")[0] for name in make(kind).state_dict()} == {"q", "k", "v", "proj"}
+
+
+@pytest.mark.parametrize("kind", [MPSA, SoftmaxAttention])
+def test_dropout_changes_the_values_and_not_the_score(kind):
     layer, (q, x) = make(kind, dropout=0.5), inputs()
-    (calm, score), (stirred, same) = layer(q, x), layer.train()(q, x)
-    assert not torch.allclose(stirred, calm) and torch.equal(same, score)
+    (out, score), (dropped, same) = layer(q, x), layer.train()(q, x)
+    assert not torch.allclose(dropped, out) and torch.equal(same, score)
 
 
 def test_unknown_attention():
@@ -162,29 +202,39 @@ def test_unknown_attention():
         Decoder(d, attention="flash")
 
 
+@attentions
+@torch.no_grad()
+def test_attention_weights_sum_to_one(attention):
+    decoder, (q, x) = make(attention=attention), inputs()
+    weights = decoder.attention_weights(q, x)
+    assert len(weights) == 3
+    for A in weights:
+        close(A.sum(-2), torch.ones(b, k, n))
+
+
 @pytest.mark.parametrize("depth", [0, -1])
 def test_depth_is_at_least_one(depth):
-    with pytest.raises(ValueError, match=f"depth = {depth}"):
+    with pytest.raises(ValueError, match=f"depth = {depth} must be at least 1"):
         Decoder(d, depth)
 
 
-# the start from CLIP's own cosines
+# initialisation with the identity
 
 
 @torch.no_grad()
-def test_start_from_identity():
-    "Every layer scores normalised queries with the cosines of the first, which needs no projection at all."
+def test_init_identity_():
+    "Every layer scores layer-normalised queries with the cosines of queries and pixels."
     decoder, (q, x) = make(), inputs()
-    start_from_identity(decoder)
-    q = F.layer_norm(q, (d,))  # what a layer with silent branches leaves as it is
+    init_identity_(decoder)
+    q = F.layer_norm(q, (d,))  # a layer whose branches are zero does not change it
     score = score_map(x, q)
     close(decoder(q, x), score * score.sigmoid(), 1e-4)
 
 
 @attentions
-def test_everything_learns_from_there_within_two_steps(attention):
+def test_all_parameters_change_within_two_steps(attention):
     decoder, (q, x) = make(attention=attention), inputs()
-    start_from_identity(decoder)
+    init_identity_(decoder)
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
     opt = torch.optim.SGD(decoder.parameters(), 0.1)
     for _ in range(2):
