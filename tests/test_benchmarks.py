@@ -6,7 +6,7 @@ import pytest
 import torch
 import trees
 from helpers import close
-from test_clip import save_openai
+from clips import save_openai
 from test_notebooks import papermill
 
 from otseg.cli import main
