@@ -236,9 +236,7 @@ def _load_weights(clip: open_clip.CLIP, state: dict, source, arch: str):
 # %% ../nbs/03_clip.ipynb #37195ff2
 def load_clip(
     arch: str = "ViT-B-16-quickgelu",  # open_clip's name of the architecture
-    pretrained: str
-    | Path
-    | None = "openai",  # tag, or path of OpenAI's .pt, an open_clip .pt or .safetensors; None: random
+    pretrained: str | Path | None = "openai",  # tag, or path of a .pt or .safetensors file; None: random weights
     *,
     cache_dir: str | None = None,  # folder for downloads; None: the hub's own cache
     precision: str = "fp32",  # of the weights, as open_clip names it; use autocast to compute in lower precision

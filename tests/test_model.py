@@ -1,4 +1,4 @@
-"""The assembled model: what learns, what it takes, what it keeps, and the baseline without training."""
+"""The assembled model: gradients, inputs, copies, and the baseline without training."""
 
 import copy
 
@@ -7,18 +7,21 @@ import torch
 import torch.nn.functional as F
 from helpers import PATCH, SIDE, D, K, N, close, random_image, random_text, small_model
 
+from otseg.clip import load_clip
 from otseg.model import DenseCLIP, OTSeg, RelationshipDescriptor
 from otseg.mps import score_map
-from otseg.mpsa import ATTENTIONS
+from otseg.mpsa import ATTENTIONS, uniform_plan
+from otseg.ot import PLANS
+from otseg.text import TEMPLATES, class_embeddings
 
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
-identity = pytest.mark.parametrize("identity", [False, True])
+init_from_clip = pytest.mark.parametrize("init_from_clip", [False, True])
 
 
 # the descriptor
 
 
-def test_descriptor_is_the_definition():
+def test_descriptor_equals_its_definition():
     "q = Linear([cls * text ; text]), in this order."
     torch.manual_seed(0)
     descriptor, cls, text = RelationshipDescriptor(D), torch.randn(2, D), random_text()
@@ -36,7 +39,7 @@ def test_descriptor_can_start_from_the_text():
 
 @attentions
 @pytest.mark.parametrize("depth", [1, 3])
-def test_trainable_parameters_and_no_other_learn(attention, depth):
+def test_trainable_parameters_and_no_others_receive_gradients(attention, depth):
     model = small_model(attention=attention, depth=depth).train()
     masks = model(random_image())
     (masks.mps.square().sum() + masks.mpsa.square().sum()).backward()
@@ -49,8 +52,8 @@ def test_trainable_parameters_and_no_other_learn(attention, depth):
     assert model.text.grad is None
 
 
-def test_parts_of_the_loss_reach_what_they_should():
-    "The path without weights of its own trains encoder and descriptor; the decoder's path trains everything."
+def test_each_path_trains_its_parts():
+    "The loss of the MPS path trains the encoder and the descriptor, and not the decoder."
     model = small_model()
     model(random_image()).mps.square().sum().backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
@@ -70,8 +73,7 @@ def test_paths_share_features_and_queries():
 
 
 @torch.no_grad()
-def test_start_from_clip_s_cosines():
-    "Before training, the path without weights scores CLIP's class embeddings."
+def test_initialised_from_clip_the_mps_path_scores_the_class_embeddings():
     model, image = small_model(init_from_clip=True), random_image()
     patches = model.encoder(image).patches
     close(model(image).mps.flatten(2), score_map(patches, model.text.expand(2, K, N, D)))
@@ -84,6 +86,30 @@ def test_eps_reaches_both_paths():
     assert not torch.allclose(a.mps, b.mps) and not torch.allclose(a.mpsa, b.mpsa)
 
 
+@torch.no_grad()
+def test_plan_may_be_a_function():
+    "A function of PLANS gives the same masks as its name; both paths use the function."
+    image = random_image()
+    by_name, by_function = small_model(plan="softmax_pixels"), small_model(plan=PLANS["softmax_pixels"])
+    for a, b in zip(by_name(image), by_function(image)):
+        assert torch.equal(a, b)
+    uniform, decoder = small_model(plan=uniform_plan), small_model(attention="uniform")
+    assert torch.equal(uniform(image).mpsa, decoder(image).mpsa)
+    assert torch.equal(uniform.plan(image), torch.full_like(uniform.plan(image), 1 / (N * (SIDE // PATCH) ** 2)))
+
+
+def test_unknown_plan():
+    with pytest.raises(ValueError, match="plan = 'both' is not one of sinkhorn, softmax_prompts, softmax_pixels"):
+        small_model(plan="both")
+
+
+@pytest.mark.parametrize("kind", [OTSeg, DenseCLIP])
+def test_options_are_keywords(kind):
+    "A number in the third place is an error, and no image size by accident."
+    with pytest.raises(TypeError, match="positional"):
+        kind(small_model().encoder.visual, random_text(), 32)
+
+
 @pytest.mark.parametrize("h, w", [(SIDE, SIDE), (2 * SIDE, SIDE), (PATCH, 3 * PATCH), (5 * PATCH, 3 * PATCH)])
 @torch.no_grad()
 def test_any_grid_of_patches(h, w):
@@ -91,12 +117,12 @@ def test_any_grid_of_patches(h, w):
     assert masks.mps.shape == masks.mpsa.shape == (1, K, h // PATCH, w // PATCH) and masks.mpsa.isfinite().all()
 
 
-def test_images_are_whole_patches():
+def test_sides_must_be_multiples_of_the_patch():
     with pytest.raises(ValueError, match="33 x 32 pixels"):
         small_model()(random_image(1, 33, 32))
 
 
-# the classes
+# class embeddings
 
 
 @pytest.mark.parametrize("k, n", [(1, N), (9, N), (K, 1), (2, 7)])
@@ -109,7 +135,7 @@ def test_other_classes_at_each_call(k, n):
 
 
 @torch.no_grad()
-def test_a_class_does_not_see_the_others():
+def test_classes_are_independent():
     model, image = small_model(), random_image()
     some = [3, 0]
     for a, b in zip(model(image, model.text[some]), model(image)):
@@ -118,18 +144,18 @@ def test_a_class_does_not_see_the_others():
 
 @pytest.mark.parametrize("kind", [OTSeg, DenseCLIP])
 @pytest.mark.parametrize("shape", [(K, D), (K, N, D + 1), (2, K, N, D)])
-def test_text_that_does_not_fit(kind, shape):
-    text, says = (
+def test_text_of_the_wrong_shape(kind, shape):
+    text, message = (
         torch.zeros(shape),
         rf"text has shape \({', '.join(map(str, shape))}\) but this model needs \(k, n, {D}\)",
     )
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         small_model(kind, text=text)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         small_model(kind)(random_image(), text)
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_changed():
     text, image, other = random_text(), random_image(), random_text(2)
     before = [t.clone() for t in (text, image, other)]
     model = small_model(text=text)
@@ -142,34 +168,34 @@ def test_arguments_are_left_alone():
 
 
 @attentions
-def test_training_mode_changes_dropout_alone(attention):
+def test_training_mode_changes_only_dropout(attention):
     image = random_image()
     model = small_model(attention=attention)
-    calm, calm_again = model(image), model(image)
-    assert torch.equal(calm.mpsa, calm_again.mpsa) and torch.equal(calm.mps, calm_again.mps)
+    first, second = model(image), model(image)
+    assert torch.equal(first.mpsa, second.mpsa) and torch.equal(first.mps, second.mps)
     model.train()
-    assert not torch.equal(model(image).mps, calm.mps) and not torch.equal(model(image).mpsa, calm.mpsa)
-    still = small_model(attention=attention, dropout=0.0)
-    for a, b in zip(still(image), still.train()(image)):
+    assert not torch.equal(model(image).mps, first.mps) and not torch.equal(model(image).mpsa, first.mpsa)
+    without = small_model(attention=attention, dropout=0.0)
+    for a, b in zip(without(image), without.train()(image)):
         assert torch.equal(a, b)
 
 
-@identity
+@init_from_clip
 @attentions
-def test_copies_and_files_of_weights(attention, identity):
-    image, model = random_image(), small_model(attention=attention, init_from_clip=identity)
+def test_state_dict_and_copies_keep_the_output(attention, init_from_clip):
+    image, model = random_image(), small_model(attention=attention, init_from_clip=init_from_clip)
     with torch.no_grad():
         for p in model.trainable_state().values():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     want = model(image).mpsa
-    other = small_model(attention=attention, init_from_clip=identity, text=random_text(seed=3))
+    other = small_model(attention=attention, init_from_clip=init_from_clip, text=random_text(seed=3))
     assert not torch.allclose(other(image).mpsa, want)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(image).mpsa, want) and torch.equal(copy.deepcopy(model)(image).mpsa, want)
 
 
 def test_trainable_state():
-    "Names and values of exactly the parameters that learn; views of them, outside the graph."
+    "Names and values of exactly the trained parameters, as detached views."
     model = small_model()
     state = model.trainable_state()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -197,7 +223,7 @@ def test_autocast():
 
 @torch.no_grad()
 def test_dense_clip():
-    "Cosine with the mean class embedding, twice; nothing of it learns."
+    "Cosine with the mean class embedding, for both paths; no parameter is trained."
     clip, image = small_model(DenseCLIP), random_image()
     masks, f = clip(image), clip.encoder(image)
     mean = torch.stack([sum(prompts) for prompts in clip.text])
@@ -207,3 +233,21 @@ def test_dense_clip():
     assert torch.equal(masks.mps, masks.mpsa) and not any(p.requires_grad for p in clip.parameters())
     some = random_text(2, 7, seed=1)
     assert torch.equal(clip(image, some).mps, small_model(DenseCLIP, text=some)(image).mps)
+
+
+# other architectures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, patch, dim", [("ViT-B-32-quickgelu", 32, 512), ("ViT-L-14-quickgelu", 14, 768)])
+@torch.no_grad()
+def test_other_architectures(arch, patch, dim):
+    "Masks of a rectangular image, with the class embeddings of the same CLIP."
+    clip = load_clip(arch, None)
+    text = class_embeddings(["dog", "sky"], TEMPLATES[:1], clip)
+    model = OTSeg(clip.visual, text, image_size=4 * patch, visual_prompts=3).eval()
+    masks = model(torch.randn(1, 3, 2 * patch, 3 * patch))
+    assert model.text.shape == (2, 1, dim) and masks.mpsa.isfinite().all()
+    assert masks.mps.shape == masks.mpsa.shape == (1, 2, 2, 3)
+    with pytest.raises(ValueError, match="not a whole number of"):
+        model(torch.randn(1, 3, 2 * patch + 1, 3 * patch))

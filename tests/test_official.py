@@ -274,7 +274,7 @@ def test_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_official(tmp_path / "absent.safetensors")
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="may be truncated"):
         read_official(tmp_path / "cut.pth")
     torch.save({"state_dict": {"visual.conv1.weight": torch.zeros(3)}}, tmp_path / "clip.pth")
     with pytest.raises(ValueError, match="they begin with visual.conv1.weight"):
@@ -340,7 +340,7 @@ def test_conversion(tmp_path):
     assert again == config and config["heads"] == 4
     assert all(torch.equal(v, state[n]) for n, v in read_official(checkpoint)[0].items())
     assert np.array_equal(read_embeddings(tmp_path / "a" / "out.safetensors", config["classes"]), text)
-    with pytest.raises(ValueError, match="number 0 is 'c0' there but 'dog' here"):
+    with pytest.raises(ValueError, match="number 0 is 'c0' in the file but 'dog' is given"):
         read_embeddings(tmp_path / "a" / "out.safetensors", ["dog"] + config["classes"][1:])
     image = load_file(golden / "model.safetensors")["image"]
     model = OTSeg.from_official(tmp_path / "a" / "out.safetensors", torch.from_numpy(text), image_size=side, heads=4)
