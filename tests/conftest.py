@@ -29,3 +29,16 @@ def forest(tmp_path_factory):
     for name, write in trees.WRITERS.items():
         write(root / "mine" if name == "folder" else root)
     return root
+
+
+@pytest.fixture(scope="session")
+def openai_vit_b_16(tmp_path_factory):
+    "Path of a ViT-B/16 with random weights in OpenAI's file format, in half precision. Tests only read it."
+    from clips import save_openai
+
+    from otseg.clip import load_clip
+
+    path = tmp_path_factory.mktemp("openai") / "ViT-B-16.pt"
+    torch.manual_seed(0)
+    save_openai(load_clip("ViT-B-16-quickgelu", None, precision="fp16"), path)
+    return path

@@ -6,7 +6,6 @@ import pytest
 import torch
 import trees
 from helpers import close
-from clips import save_openai
 from test_notebooks import papermill
 
 from otseg.cli import main
@@ -375,19 +374,15 @@ def test_an_official_checkpoint_of_another_dataset(official, forest, weights):
 
 
 @pytest.mark.slow
-def test_vit_b16_in_openai_format(tmp_path):
+def test_vit_b16_in_openai_format(tmp_path, openai_vit_b_16):
     "Load, one training step at 512 x 512, and sliding windows over a larger photo."
-    from otseg.clip import load_clip
-
-    torch.manual_seed(0)
-    save_openai(load_clip("ViT-B-16-quickgelu", None, precision="fp16"), tmp_path / "ViT-B-16.pt")
     trees.write_folder(tmp_path / "mine", size=(300, 420), n=1)
     recipe = resolve("folder", max_iters=1, batch_size=1, num_templates=1, warmup_iters=1, val_images=1)
     record = fit(
         recipe,
         tmp_path / "run",
         root=tmp_path / "mine",
-        clip_weights=tmp_path / "ViT-B-16.pt",
+        clip_weights=openai_vit_b_16,
         workers=0,
         progress=False,
     )

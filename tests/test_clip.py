@@ -179,14 +179,13 @@ def test_missing_file_and_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_size_in_openai_format(tmp_path):
-    torch.manual_seed(0)
-    clip = load_clip("ViT-B-16-quickgelu", None, precision="fp16")
-    save_openai(clip, tmp_path / "ViT-B-16.pt")
-    again = load_clip(pretrained=tmp_path / "ViT-B-16.pt")
-    assert again.visual.conv1.weight.dtype == torch.float32
-    assert torch.equal(again.visual.conv1.weight, clip.visual.conv1.weight.float())
-    assert class_embeddings(["dog"], TEMPLATES[:6], again).shape == (1, 6, 512)
-    with torch.no_grad():
-        f = ImageEncoder(again.visual, visual_prompts=10).eval()(torch.randn(1, 3, 512, 512))
+@torch.no_grad()
+def test_the_real_size_in_openai_format(openai_vit_b_16):
+    "ViT-B/16 becomes float32, and embeds class names and an image of 512 pixels."
+    clip, weights = load_clip(pretrained=openai_vit_b_16), read_weights(openai_vit_b_16)
+    assert weights["visual.conv1.weight"].dtype == torch.float16
+    assert clip.visual.conv1.weight.dtype == torch.float32
+    assert torch.equal(clip.visual.conv1.weight, weights["visual.conv1.weight"].float())
+    assert class_embeddings(["dog"], TEMPLATES[:6], clip).shape == (1, 6, 512)
+    f = ImageEncoder(clip.visual, visual_prompts=10).eval()(torch.randn(1, 3, 512, 512))
     assert f.grid == (32, 32) and f.patches.shape == (1, 1024, 512) and f.patches.isfinite().all()
