@@ -46,8 +46,9 @@ def test_unsupported_towers():
         (make(attentional_pool=True, attn_pooler_heads=2), "'attention'"),
         (torch.nn.Conv2d(3, 3, 3), "Conv2d"),
     ):
-        with pytest.raises(ValueError, match=message):
-            check_visual(tower)
+        for check in (check_visual, ImageEncoder):
+            with pytest.raises(ValueError, match=message):
+                check(tower)
     with pytest.raises(ValueError, match="5 heads do not divide the width 64"):
         visual_tower(width=64, layers=1, heads=5, patch=16, image_size=64, dim=32)
 

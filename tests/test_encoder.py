@@ -161,7 +161,7 @@ def test_sides_must_be_multiples_of_the_patch(size):
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 @pytest.mark.parametrize("prompts", [0, 1, 5])
-def test_block_equals_open_clip_s(quick_gelu, prompts):
+def test_run_block_equals_open_clip(quick_gelu, prompts):
     "Class token, patches and gradients equal those of open_clip's block with the prompts among the tokens."
     torch.manual_seed(0)
     block = visual_tower(**TOWER | dict(layers=1), quick_gelu=quick_gelu).double().transformer.resblocks[0]

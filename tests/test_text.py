@@ -109,6 +109,6 @@ def test_arrays(tmp_path):
     with pytest.raises(ValueError, match=r"\(59, 512\)"):
         read_embeddings(tmp_path / "flat.npy", ["dog"])
     np.save(tmp_path / "object.npy", np.array([Bomb(tmp_path / "exploded")]), allow_pickle=True)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="allow_pickle=False"):
         read_embeddings(tmp_path / "object.npy", ["dog"])
     assert not (tmp_path / "exploded").exists()
