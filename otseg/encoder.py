@@ -109,27 +109,28 @@ class ImageEncoder(nn.Module):
         if not visual_prompts:
             return
         width, blocks = visual.conv1.out_channels, len(visual.transformer.resblocks)
-        v = math.sqrt(6 / (3 * math.prod(visual.patch_size) + width))  # Xavier bound of a patch embedding
-        self.prompt_embeddings = nn.Parameter(torch.empty(1, visual_prompts, width).uniform_(-v, v))
-        self.deep_prompt_embeddings = nn.Parameter(torch.empty(blocks - 1, visual_prompts, width).uniform_(-v, v))
+        bound = math.sqrt(6 / (3 * math.prod(visual.patch_size) + width))  # Xavier bound of a patch embedding
+        self.prompt_embeddings = nn.Parameter(torch.empty(1, visual_prompts, width).uniform_(-bound, bound))
+        self.deep_prompt_embeddings = nn.Parameter(
+            torch.empty(blocks - 1, visual_prompts, width).uniform_(-bound, bound)
+        )
         self.prompt_proj, self.prompt_norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-6)
         nn.init.kaiming_normal_(self.prompt_proj.weight, mode="fan_out")
         self.prompt_dropout = nn.Dropout(dropout)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         "Input of the first block, class token and patches (b, 1 + m, width), and the grid (h, w)."
-        v, (H, W), (ph, pw) = self.visual, image.shape[-2:], self.visual.patch_size
+        visual, (H, W), (ph, pw) = self.visual, image.shape[-2:], self.visual.patch_size
         if H % ph or W % pw:
             raise ValueError(
                 f"the image has {H} x {W} pixels, not a whole number of {ph} x {pw} patches: pad or resize it"
             )
         grid = (H // ph, W // pw)
-        x = (
-            v.conv1(image).flatten(2).mT.to(v.class_embedding.dtype)
-        )  # (b, m, width); leaves an autocast's low precision
-        cls = v.class_embedding * (2 if self.double_class_token else 1)
+        x = visual.conv1(image).flatten(2).mT  # (b, m, width)
+        x = x.to(visual.class_embedding.dtype)  # under autocast, only the blocks compute in low precision
+        cls = visual.class_embedding * (2 if self.double_class_token else 1)
         x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1)
-        return v.ln_pre(x + resize_positions(v.positional_embedding, v.grid_size, grid)), grid
+        return visual.ln_pre(x + resize_positions(visual.positional_embedding, visual.grid_size, grid)), grid
 
     def block_prompts(self, x: Tensor, i: int) -> Tensor | None:
         "Visual prompts (b, p, width) of block i for tokens x; None: if the encoder has no prompts."
