@@ -127,7 +127,7 @@ class ImageEncoder(nn.Module):
             )
         grid = (H // ph, W // pw)
         x = visual.conv1(image).flatten(2).mT  # (b, m, width)
-        x = x.to(visual.class_embedding.dtype)  # under autocast, only the blocks compute in low precision
+        x = x.to(visual.class_embedding.dtype)  # the tokens keep the precision of the weights, also under autocast
         cls = visual.class_embedding * (2 if self.double_class_token else 1)
         x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1)
         return visual.ln_pre(x + resize_positions(visual.positional_embedding, visual.grid_size, grid)), grid
