@@ -137,7 +137,7 @@ def kernels(report, device, sizes):
         p, n, m = C.shape
         mu = torch.full((p, m), 1 / m) if mu is None else mu
         nu = torch.full((p, n), 1 / n) if nu is None else nu
-        T, done = kernel.solve_fused(C.to(device), mu.to(device), nu.to(device), eps, 100, 1e-6, ot.RIDGE)
+        T, done = kernel.solve_fused(C.to(device), mu.to(device), nu.to(device), eps, 100, 1e-6, **ot.KERNEL_CONSTANTS)
         want, want_done = ot.solve_plan(C.double(), mu.double(), nu.double(), eps, 100, 1e-9)
         grad = torch.randn(C.shape, generator=torch.Generator().manual_seed(1))
         ours = kernel.gradient_fused(T, grad.to(device), eps, ot.RIDGE)
