@@ -6,6 +6,7 @@
 __all__ = ['STEPS', 'OUTPUTS', 'eliminate', 'fixed_plan', 'Graph', 'need', 'export_onnx', 'write_class_names', 'output_errors']
 
 # %% ../nbs/33_export.ipynb #18e904e1
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .images import normalize
 from .mps import cosine, plan_score
 from .mpsa import PlanScore
-from .ot import sinkhorn
+from .ot import SINKHORN_FALLBACK_RATIO, sinkhorn
 from .predict import Segmenter, load, with_words
 
 # %% ../nbs/33_export.ipynb #3c89a009
@@ -54,7 +55,7 @@ def fixed_plan(
         H = eye * (c * (1 + 1e-6) + 1e-12)[..., None] - P @ P.mT / m + c[..., None] * c[..., None, :]
         newton = eliminate(H, 1 / n - c)
         length = (newton.amax(-1, keepdim=True) - newton.amin(-1, keepdim=True)).clamp_min(1e-6)
-        far = (sinkhorn_step.amax(-1, keepdim=True) > 4.6).float()
+        far = (sinkhorn_step.amax(-1, keepdim=True) > math.log(SINKHORN_FALLBACK_RATIO)).float()
         a = a + far * sinkhorn_step + (1 - far) * newton * ((1 + length).log() / length)
     return ((A + a[..., None]).softmax(-2) / m).mT
 
