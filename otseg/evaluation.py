@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVALUATION_FIELDS', 'validate', 'validate_dense_clip', 'spread_subset', 'json_metrics', 'determinism', 'device_name',
-           'make_record', 'metrics_table', 'published_table', 'markdown', 'Evaluation', 'best_device',
-           'default_workers', 'evaluate_checkpoint']
+           'make_record', 'metrics_table', 'markdown', 'Evaluation', 'best_device', 'default_workers',
+           'evaluate_checkpoint']
 
 # %% ../nbs/26_evaluation.ipynb #a000001b
 import math
@@ -142,7 +142,7 @@ def metrics_table(
     for r in records:
         if missing := {*keys, "commit", "metrics"} - set(r):
             raise ValueError(
-                f"not a run record, it lacks {sorted(missing)}: numbers of others go through published_table"
+                f"not a run record, it lacks {sorted(missing)}: published numbers have a table of their own, otseg.tables.published_table"
             )
         for path, scores in r["metrics"].items():
             rows.append(
@@ -151,23 +151,6 @@ def metrics_table(
                 | {title: np.nan if scores[m] is None else 100 * scores[m] for m, title in METRICS.items()}
             )
     return pd.DataFrame(rows, columns=[*keys, "path", *METRICS.values()]).set_index([*keys, "path"])
-
-
-def published_table(
-    published,  # DataFrame of results/published.csv
-    dataset=None,  # 'voc', 'context', 'coco'; None: all
-):  # DataFrame: pAcc, S, U, hIoU in percent as printed, source; index dataset, setting, method
-    "Scores that the paper and its peers report, each with its source."
-    rows, keys = (
-        published[published.metric.isin(METRICS) & ((published.dataset == dataset) | (dataset is None))],
-        ["dataset", "setting", "method"],
-    )
-    scores = (
-        rows.pivot(index=keys, columns="metric", values="value").reindex(columns=list(METRICS)).rename(columns=METRICS)
-    )
-    return scores.rename_axis(columns=None).assign(
-        source=rows.groupby(keys).source.agg(lambda s: "; ".join(s.unique()))
-    )
 
 
 def markdown(

@@ -190,24 +190,6 @@ def test_metrics_table_is_in_percent():
     assert viz.metrics_table().empty
 
 
-def test_published_table_keeps_sources():
-    columns = ["table", "method", "dataset", "setting", "metric", "value", "source", "note"]
-    rows = [
-        ("t", "A", "voc", "inductive", "hiou", 80.5, "paper", ""),
-        ("t", "A", "voc", "inductive", "pacc", 90.0, "readme", ""),
-        ("t", "A", "coco", "inductive", "hiou", 40.0, "paper", ""),
-        ("e", "A", "voc", "inductive", "fps", 9.0, "readme", ""),
-    ]
-    published = pd.DataFrame(rows, columns=columns)
-    table = viz.published_table(published, "voc")
-    assert (
-        list(table) == ["pAcc", "S", "U", "hIoU", "source"]
-        and len(table) == 1
-        and len(viz.published_table(published)) == 2
-    )
-    assert table.hIoU.item() == 80.5 and np.isnan(table.S.item()) and table.source.item() == "paper; readme"
-
-
 def test_markdown():
     table = pd.DataFrame({"S": [50.0, np.nan]}, index=pd.Index(["a|b", "c"], name="path"))
     assert viz.markdown(table).splitlines() == ["| path | S |", "| --- | ---: |", "| a\\|b | 50.0 |", "| c | – |"]
