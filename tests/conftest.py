@@ -6,6 +6,8 @@ import pytest
 import torch
 
 os.environ.setdefault("OTSEG_CACHE", tempfile.mkdtemp(prefix="otseg-cache-"))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads it when it is imported
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the models of the tests are small: more threads only get in each other's way

@@ -1,139 +1,163 @@
-"""The fused kernels: in Triton's interpreter the plans and gradients of the tensor code, and code that compiles for a GPU."""
+"""The fused kernels: same plans and gradients as the tensor code, on a GPU or else in Triton's interpreter."""
 
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
+from helpers import ROOT, close
+from problems import cost, gradient, load_golden, marginal, rand, two_groups
+
+from otseg import ot
+from otseg.kernel import fits, gradient_fused, solve_fused
+from otseg.ot import KERNEL_CONSTANTS, RIDGE, plan_gradient, sinkhorn, solve_plan
 
 pytest.importorskip("triton")
-INTERPRETED = """
-import sys
-import torch
-import otseg.ot
-from otseg.kernel import fits, gradient_fused, solve_fused
-from otseg.ot import defer_convergence_checks, plan_gradient, sinkhorn, solve_plan
-sys.path.insert(0, "tests")
-from test_ot import cost, marginal, gradient
-torch.manual_seed(0)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about NaN in the interpreter
+device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # conftest.py sets it without a GPU
 
-# the kernels alone
-for m, n, eps, kind, masses in ((60, 6, 0.05, "random", "uniform"), (60, 6, 10.0, "sharp", "skewed"), (64, 8, 0.05, "sharp", "zeros"), (1, 4, 0.05, "random", "skewed"),
-                                (9, 1, 10.0, "random", "zeros"), (3, 5, 0.05, "sharp", "zeros"), (3, 5, 0.01, "random", "skewed"), (12, 3, 1e-3, "random", "skewed")):
-    C, mu, nu = cost(kind, 2, m, n).mT.contiguous(), marginal(masses, 2, m), marginal(masses, 2, n)
+
+@pytest.fixture
+def fused(monkeypatch):
+    "`sinkhorn` uses the kernels in the interpreter too."
+    monkeypatch.setattr(ot, "kernel_fits", fits)
+
+
+def compare(C, mu, nu, eps):
+    "Kernels and tensor code agree for costs (p, n, m)."
     assert fits(C)
-    T, done = solve_fused(C, mu, nu, eps, 100, 1e-6)
-    want, _ = solve_plan(C, mu, nu, eps, 100, 1e-6)
-    assert done.all() and T.isfinite().all(), (m, n, eps)
-    assert (T.sum(1) - mu).abs().max() < 1e-6 and (T.sum(2) - nu).abs().max() < 1e-6, (m, n, eps)
-    assert (T - want).abs().max() < 1e-5 * want.max(), (m, n, eps)
-    G = torch.randn(2, n, m)
-    for ours, theirs, unit in zip(gradient_fused(want, G, eps), plan_gradient(want, G, eps), (eps, 1, 1)):
-        assert unit * (ours - theirs).abs().max() < 1e-5, (m, n, eps)
+    args = C.to(device), mu.to(device), nu.to(device), eps, 100, 1e-6
+    (T, done), (want, _) = solve_fused(*args, **KERNEL_CONSTANTS), solve_plan(*args)
+    assert done.all() and T.isfinite().all()
+    assert (T.sum(1).cpu() - mu).abs().max() < 1e-6 and (T.sum(2).cpu() - nu).abs().max() < 1e-6
+    close(T, want, 1e-5)
+    grad = torch.randn(C.shape).to(device)
+    gradients = zip(gradient_fused(want, grad, eps, RIDGE), plan_gradient(want, grad, eps))
+    for unit, (ours, theirs) in zip((eps, 1, 1), gradients):  # the gradient of the cost is of order 1 / eps
+        assert unit * (ours - theirs).abs().max() < 1e-5
 
-# behind the same function: one problem of three climbs the ladder, and the gradient is the same
-C = torch.cat([cost("random", 2, 40, 5), 30 * cost("random", 1, 40, 5)])
-plain = sinkhorn(C), gradient(C, 0.05)
-otseg.ot.kernel_fits = fits
-fused = sinkhorn(C), gradient(C, 0.05)
-for a, b in zip(fused, plain):
-    assert (a - b).abs().max() < 2e-5 * b.abs().max()
-assert torch.equal(sinkhorn(C.mT.contiguous().mT), sinkhorn(C))
-assert sinkhorn(C.bfloat16()).dtype == torch.bfloat16 and sinkhorn(C.double()).dtype == torch.float64 and sinkhorn(C[:0]).shape == (0, 40, 5)
-assert not fits(C.double()) and not fits(torch.empty(1, 17, 40)) and not fits(torch.empty(1, 8, 2049)) and fits(torch.empty(1, 8, 2048))
 
-# groups that exchange nothing: each has its own gradient, a difference of terms of the order of T / eps
-both = torch.full((1, 20, 4), 30.0)
-both[:, :10, :2], both[:, 10:, 2:] = A, B = cost("random", 2, 1, 10, 2)
-def grad(C, weight):
-    C = C.clone().requires_grad_()
-    return torch.autograd.grad((sinkhorn(C, eps=0.05) * weight).sum(), C)[0]
-weight = torch.rand(20, 4)
-whole, alone = grad(both, weight), grad(A, weight[:10, :2]) / 2
-assert (whole[:, :10, :2] - alone).abs().max() < 5e-7 * sinkhorn(both, eps=0.05).max() / 0.05
+@pytest.mark.parametrize(
+    "m, n, eps, kind, masses",
+    [
+        (60, 6, 0.05, "random", "uniform"),
+        (60, 6, 10.0, "sharp", "skewed"),
+        (64, 8, 0.05, "sharp", "zeros"),
+        (1, 4, 0.05, "random", "skewed"),
+        (9, 1, 10.0, "random", "zeros"),
+        (3, 5, 0.05, "sharp", "zeros"),
+        (3, 5, 0.01, "random", "skewed"),
+        (12, 3, 1e-3, "random", "skewed"),
+    ],
+)
+def test_kernels_agree_with_the_tensor_code(m, n, eps, kind, masses):
+    compare(cost(kind, 2, m, n).mT.contiguous(), marginal(masses, 2, m), marginal(masses, 2, n), eps)
 
-# not converged, and NaN
-import pytest
-with pytest.warns(UserWarning, match="3 of 3 plans did not converge in 1 iterations"):
-    sinkhorn(C, max_iter=1)
-C[0, 0, 0] = torch.nan
-with pytest.warns(UserWarning, match="1 of 3 plans"):
-    T = sinkhorn(C, max_iter=12)
-assert T[0].isnan().any() and T[1:].isfinite().all()
 
-# the paper's own problems
-from test_ot import load
-for case in "abcd":
-    t, eps = load(case)
-    T = sinkhorn(t["cost"].float(), eps=eps)
-    assert (T - t["plan64"]).abs().max() < 2e-5 * t["plan64"].max()
+@pytest.mark.skipif(device == "cpu", reason="no GPU")
+@pytest.mark.parametrize(
+    "m, n, eps", [(1024, 8, 0.05), (900, 8, 0.05), (1024, 8, 2e-3), (2048, 8, 0.05), (60, 6, 0.05), (9, 1, 0.05)]
+)
+def test_large_problems_on_a_gpu(m, n, eps):
+    compare(cost("random", 30, m, n).mT.contiguous(), marginal("skewed", 30, m), marginal("skewed", 30, n), eps)
 
-# what shape tracing is told is what the operators do
-args = torch.rand(2, 3, 8), torch.full((2, 8), 1 / 8), torch.full((2, 3), 1 / 3)
-torch.library.opcheck(solve_fused, (*args, 0.05, 100, 1e-6), test_utils=("test_schema", "test_faketensor"))
-torch.library.opcheck(gradient_fused, (args[0], args[0], 0.05), test_utils=("test_schema", "test_faketensor"))
-print("all right")
-"""
-COMPILED = """
+
+def test_sinkhorn_with_several_levels_for_one_problem(fused, monkeypatch):
+    "Two problems need one level of eps, the third needs several: plans and gradient are those of the tensor code."
+    C = torch.cat([cost("random", 2, 20, 3), 30 * cost("random", 1, 20, 3)]).to(device)
+    T, grad = sinkhorn(C), gradient(C, 0.05)
+    monkeypatch.setattr(ot, "kernel_fits", lambda C: False)
+    close(T, sinkhorn(C), 2e-5)
+    close(grad, gradient(C, 0.05), 2e-5)
+
+
+def test_layout_and_dtypes(fused):
+    C = cost("random", 2, 12, 3).to(device)
+    assert torch.equal(sinkhorn(C.mT.contiguous().mT), sinkhorn(C))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert sinkhorn(C.to(dtype)).dtype == dtype
+    assert sinkhorn(C[:0]).shape == (0, 12, 3)
+
+
+@pytest.mark.parametrize("n, m, fit", [(8, 2048, True), (8, 2049, False), (16, 1024, True), (17, 40, False)])
+def test_size_limits(n, m, fit):
+    assert fits(torch.empty(1, n, m)) == fit and not fits(torch.empty(1, n, m, dtype=torch.float64))
+
+
+def test_gradient_of_uncoupled_groups(fused):
+    "Each group has the gradient that it has alone. It is a difference of terms of order T / eps."
+    A, B = cost("random", 2, 10, 2).to(device)
+    both, weight = two_groups(A, B), rand(20, 4).to(device)
+
+    def grad(C, weight):
+        C = C.clone().requires_grad_()
+        return torch.autograd.grad((sinkhorn(C) * weight).sum(), C)[0]
+
+    error = grad(both, weight)[:10, :2] - grad(A, weight[:10, :2]) / 2
+    assert error.abs().max() < 5e-7 * sinkhorn(both).max() / 0.05
+
+
+def test_warns_if_it_did_not_converge(fused):
+    C = torch.cat([cost("random", 2, 12, 3), 30 * cost("random", 1, 12, 3)]).to(device)
+    with pytest.warns(UserWarning, match="3 of 3 plans did not converge in 1 iterations"):
+        sinkhorn(C, max_iter=1)
+
+
+def test_nan_stays_in_its_problem(fused):
+    C = torch.cat([cost("random", 2, 12, 3), 30 * cost("random", 1, 12, 3)]).to(device)
+    C[0, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 3 plans"):
+        T = sinkhorn(C, max_iter=12)
+    assert T[0].isnan().any() and T[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("case", "abcd")
+def test_golden_problems(fused, case):
+    t, eps = load_golden(case)
+    close(sinkhorn(t["cost"].float().to(device), eps=eps).cpu().double(), t["plan64"], 2e-5)
+
+
+def test_operators_are_registered_correctly():
+    "Schema and shape rule of both operators match what they do."
+    C, mu, nu = rand(2, 3, 8).to(device), marginal("uniform", 2, 8).to(device), marginal("uniform", 2, 3).to(device)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(solve_fused, (C, mu, nu, 0.05, 100, 1e-6), KERNEL_CONSTANTS, test_utils=tests)
+    torch.library.opcheck(gradient_fused, (C, C, 0.05, RIDGE), test_utils=tests)
+
+
+COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from otseg.kernel import gradient_kernel, plan_kernel
+from otseg.ot import KERNEL_CONSTANTS
 
-plan = ["*fp32"] * 4 + ["*i32", "i32", "i32", "fp32", "i32", "fp32", "fp32", "fp32", "constexpr", "constexpr", "constexpr"]
-gradient = ["*fp32"] * 5 + ["i32", "i32", "fp32", "fp32", "constexpr", "constexpr"]
-for M, N, warps in ((1024, 8, 8), (1, 1, 1)):
-    for kernel, kinds, more in ((plan_kernel, plan, {"LADDER": False}), (plan_kernel, plan, {"LADDER": True}), (gradient_kernel, gradient, {})):
-        names = kernel.arg_names
-        source = ASTSource(kernel, dict(zip(names, kinds)), constexprs={(names.index(name),): v for name, v in ({"M": M, "N": N} | more).items()})
+constants = {name.upper(): value for name, value in KERNEL_CONSTANTS.items()}
+integers, numbers = ("m", "n", "max_iter"), ("inv_eps", "tol", "marginal_tol")
+
+def kind(name):
+    if name.endswith("_ptr"):
+        return "*i32" if name == "done_ptr" else "*fp32"
+    return "i32" if name in integers else "fp32" if name in numbers else "constexpr"
+
+one, several = {"EPS_LEVELS": False}, {"EPS_LEVELS": True}
+for M, N, warps in ((1024, 4, 4), (1, 1, 1)):  # 4 prompts: compiling takes as long as the elimination is long
+    for kernel, more in ((plan_kernel, one), (plan_kernel, several), (gradient_kernel, {})):
+        names, values = kernel.arg_names, constants | more | {"M": M, "N": N}
+        constexprs = {(i,): values[name] for i, name in enumerate(names) if kind(name) == "constexpr"}
+        source = ASTSource(kernel, {name: kind(name) for name in names}, constexprs=constexprs)
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-print("all right")
 """
-
-
-def run(code, **env):
-    root = os.path.dirname(os.path.dirname(__file__))
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
-
-
-@pytest.mark.slow
-def test_interpreted():
-    done = run(INTERPRETED, TRITON_INTERPRET="1")
-    assert done.stdout.endswith("all right\n"), done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_compiles_for_a_gpu(tmp_path):
-    "Without one at hand: the interpreter accepts more than the compiler."
-    from importlib.metadata import version
-
+    "The interpreter accepts more than the compiler, which needs no GPU. A process of its own, without the interpreter."
     if tuple(map(int, version("triton").split(".")[:2])) < (3, 3):
-        pytest.skip("the compiler's interface was another one")
-    done = run(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
-    assert done.stdout.endswith("all right\n"), done.stderr[-3000:]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu():
-    from test_ot import cost, marginal
-
-    from otseg.kernel import gradient_fused, solve_fused
-    from otseg.ot import plan_gradient, solve_plan
-
-    for m, n, eps in ((1024, 8, 0.05), (900, 8, 0.05), (1024, 8, 2e-3), (2048, 8, 0.05), (60, 6, 0.05), (9, 1, 0.05)):
-        C, mu, nu = (
-            cost("random", 30, m, n).mT.contiguous().cuda(),
-            marginal("skewed", 30, m).cuda(),
-            marginal("skewed", 30, n).cuda(),
-        )
-        (T, done), (want, _) = solve_fused(C, mu, nu, eps, 100, 1e-6), solve_plan(C, mu, nu, eps, 100, 1e-6)
-        assert done.all() and (T.sum(2) - nu).abs().max() < 1e-6 and (T - want).abs().max() < 1e-5 * want.max()
-        for ours, theirs, unit in zip(gradient_fused(T, C, eps), plan_gradient(T, C, eps), (eps, 1, 1)):
-            assert unit * (ours - theirs).abs().max() < 1e-5
+        pytest.skip("triton.compile has another interface before Triton 3.3")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,4 @@
-"""The plan: its marginals, its limits, its symmetries, its exact gradient, and what it refuses."""
-
-import json
-from pathlib import Path
+"""Transport plans: marginals, limits, symmetries, exact gradients, warnings and errors."""
 
 import pytest
 import torch
@@ -9,95 +6,51 @@ import torch.nn.functional as F
 from helpers import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from problems import cost, gradient, load_golden, marginal, rand, two_groups
 from torch.autograd import gradcheck
 
-from otseg.ot import defer_convergence_checks, for_each_chunk, sinkhorn
+from otseg.ot import CHUNK_NUMBERS, defer_convergence_checks, for_each_chunk, sinkhorn, sinkhorn_loop
 
-golden = Path(__file__).parent / "golden"
-meta = json.loads((golden / "meta.json").read_text())
 cases = pytest.mark.parametrize("case", "abcd")
-pytestmark = pytest.mark.filterwarnings("error")  # a warning: not converged
+pytestmark = pytest.mark.filterwarnings("error")  # a warning means that a plan did not converge
 
 
-def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def marginal(kind, *shape):
-    mass = {
-        "uniform": torch.ones(shape),
-        "skewed": rand(*shape, seed=1) ** 6 + 1e-4,
-        "zeros": (rand(*shape, seed=2) > 0.4).float(),
-    }[kind]
-    mass[..., 0] += kind == "zeros"  # never nothing but zeros
-    return mass / mass.sum(-1, keepdim=True)
-
-
-def cost(kind, *shape):
-    C = 2 * rand(*shape, seed=3)
-    return {
-        "random": C,
-        "flat": C.new_full(shape, 0.7),
-        "sharp": C.round(),
-        "one-hot": (C == C.amin(-1, keepdim=True)).float() * -2 + 2,
-    }[kind]
-
-
-def load(case):
-    tensors = {
-        name[2:]: t for name, t in load_file(golden / "sinkhorn.safetensors").items() if name.startswith(f"{case}.")
-    }
-    return tensors, meta[f"sinkhorn.{case}"]["eps"]
-
-
-def unrolled(C, mu, nu, eps, steps=400):
-    "Sinkhorn's own iteration in the log domain, which autograd differentiates step by step."
-    g = torch.zeros_like(nu)
-    for _ in range(steps):
-        f = eps * (mu.log() - ((g[..., None, :] - C) / eps).logsumexp(-1))
-        g = eps * (nu.log() - ((f[..., None] - C) / eps).logsumexp(-2))
-    return ((f[..., None] + g[..., None, :] - C) / eps).exp()
-
-
-# the golden problems
+# golden problems of the official code
 
 
 @cases
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-6), (torch.float32, 2e-5)])
 def test_converged_plan(case, dtype, tol):
-    t, eps = load(case)
+    t, eps = load_golden(case)
     close(sinkhorn(t["cost"].to(dtype), eps=eps).double(), t["plan64"], tol)
     close(sinkhorn(t["cost"].to(dtype), t["mu"], t["nu"], eps=eps).double(), t["plan64_marginals"], tol)
 
 
 @cases
 def test_official_plan(case):
-    "The official loop stops early: its plans are less exact than ours."
-    t, eps = load(case)
+    "The official loop stops early, so its plans are less exact. The plain reference reproduces them."
+    t, eps = load_golden(case)
     close(sinkhorn(t["cost"], eps=eps), t["plan"], 5e-4)
+    close(sinkhorn_loop(t["cost"], eps=eps), t["plan"], 1e-5)
 
 
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradient_of_the_cost(case, dtype):
-    t, eps = load(case)
+    t, eps = load_golden(case)
     W, (m, n) = t["weight"].double(), t["cost"].shape[-2:]
 
-    def grad(plan, dtype):
+    def grad(dtype, plan, **options):
         C = t["cost"].to(dtype).requires_grad_()
-        return torch.autograd.grad(m * n * (W.to(dtype) * plan(C)).sum(), C)[0].double()
+        return torch.autograd.grad(m * n * (W.to(dtype) * plan(C, eps=eps, **options)).sum(), C)[0].double()
 
-    ours = grad(lambda C: sinkhorn(C, eps=eps), dtype)
-    exact = grad(
-        lambda C: unrolled(C, C.new_full((len(C), m), 1 / m), C.new_full((len(C), n), 1 / n), eps), torch.float64
-    )
-    scale = max(exact.abs().max(), W.abs().max())  # of the weights where one prompt makes the gradient zero
+    ours, exact = grad(dtype, sinkhorn), grad(torch.float64, sinkhorn_loop, max_iter=400, tol=0)
+    scale = max(exact.abs().max(), W.abs().max())  # with a single prompt the gradient is zero
     assert (ours - exact).abs().max() <= 1e-5 * scale
     assert (ours - t["grad_cost"]).abs().max() <= 2e-3 * scale
 
 
-# what makes it a plan
+# properties of a plan
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.05, 1, 10])
@@ -116,7 +69,7 @@ def test_marginals(eps, C, masses):
 @pytest.mark.parametrize("gap, noise", [(1, 0), (1.5, 0.1), (1.5, 0.3)])
 @pytest.mark.parametrize("n", [4, 6, 8])
 def test_groups_that_hardly_exchange_anything(n, gap, noise, dtype):
-    "Each pixel far nearer to one prompt: where some prompts' own pixels just fill them, the dual problem is all but singular."
+    "Each pixel is much nearer to one prompt. If its pixels just fill a prompt, the dual Hessian is nearly singular."
     own = torch.randint(n, (200, 96), generator=torch.Generator().manual_seed(n))
     C = (gap * (1 - F.one_hot(own, n)) + noise * rand(200, 96, n)).to(dtype).requires_grad_()
     T = sinkhorn(C, eps=0.05)
@@ -136,7 +89,7 @@ def test_groups_that_hardly_exchange_anything(n, gap, noise, dtype):
     seed=st.integers(0, 10**6),
 )
 def test_any_problem_is_solved(m, n, log_eps, scale, sharp, seed):
-    "The marginals hold and log T + C/eps is a sum of a row and a column potential: there is only one such T."
+    "The marginals hold, and log T + C/eps is a sum of one potential for each axis: only one T has both properties."
     eps = 10**log_eps
     C = (2 * scale * rand(m, n, seed=seed, dtype=torch.float64)).requires_grad_()
     mu, nu = (rand(s, seed=seed + s, dtype=torch.float64) ** sharp + 1e-3 for s in (m, n))
@@ -145,7 +98,9 @@ def test_any_problem_is_solved(m, n, log_eps, scale, sharp, seed):
     Z = T.detach().log() + C.detach() / eps
     assert (Z - Z[:1] - Z[:, :1] + Z[:1, :1]).abs().max() < 1e-7 * (1 + 1 / eps)
     (grad,) = torch.autograd.grad((T * rand(m, n, seed=1)).sum(), C)
-    assert grad.isfinite().all() and grad.sum(-1).abs().max() < 1e-6 / eps  # a pixel's whole cost does not matter
+    assert (
+        grad.isfinite().all() and grad.sum(-1).abs().max() < 1e-6 / eps
+    )  # a constant added to the costs of a pixel has no effect
 
 
 def test_large_eps_gives_the_product_of_the_marginals():
@@ -154,7 +109,7 @@ def test_large_eps_gives_the_product_of_the_marginals():
 
 
 def test_small_eps_gives_the_assignment():
-    "With as many pixels as prompts, the best permutation."
+    "With as many pixels as prompts, the plan is the best permutation."
     C = cost("random", 5, 5)
     best = min(
         torch.cartesian_prod(*[torch.arange(5)] * 5), key=lambda p: (len(p.unique()) < 5, C[torch.arange(5), p].sum())
@@ -163,18 +118,13 @@ def test_small_eps_gives_the_assignment():
 
 
 def test_agrees_with_pot():
-    ot = pytest.importorskip("ot")
+    pot = pytest.importorskip("ot")
     C, mu, nu = cost("random", 30, 4).double(), marginal("skewed", 30).double(), marginal("skewed", 4).double()
-    theirs = ot.sinkhorn(
-        (mu / mu.sum()).numpy(),
-        (nu / nu.sum()).numpy(),
-        C.numpy(),
-        reg=0.1,
-        method="sinkhorn_log",
-        stopThr=1e-13,
-        numItermax=100_000,
-    )
-    close(sinkhorn(C, mu / mu.sum(), nu / nu.sum(), eps=0.1), torch.from_numpy(theirs), 1e-8)
+    mu, nu = mu / mu.sum(), nu / nu.sum()
+    options = dict(reg=0.1, method="sinkhorn_log", stopThr=1e-13, numItermax=100_000)
+    theirs = torch.from_numpy(pot.sinkhorn(mu.numpy(), nu.numpy(), C.numpy(), **options))
+    close(sinkhorn(C, mu, nu, eps=0.1), theirs, 1e-8)
+    close(sinkhorn_loop(C, mu, nu, eps=0.1, max_iter=5000, tol=0), theirs, 1e-8)
 
 
 @pytest.mark.parametrize("m, n", [(50, 6), (4, 6), (7, 7), (1, 5)])
@@ -185,13 +135,13 @@ def test_permutation(m, n):
 
 
 def test_transposition():
-    "Pixels and prompts are two names for the same thing."
+    "Exchanging the pixel axis and the prompt axis transposes the plan."
     C, mu, nu = cost("random", 12, 5).double(), marginal("skewed", 12).double(), marginal("skewed", 5).double()
     close(sinkhorn(C.T, nu, mu), sinkhorn(C, mu, nu).T, 1e-6)
 
 
 @pytest.mark.parametrize("eps", [0.01, 0.05, 1])
-def test_only_cost_over_eps_matters_and_no_shift(eps):
+def test_only_cost_over_eps_matters_and_shifts_do_not(eps):
     C = cost("random", 3, 50, 6).double()
     T = sinkhorn(C, eps=eps)
     close(sinkhorn(7 * C, eps=7 * eps), T, 1e-6)
@@ -203,7 +153,7 @@ def test_mass_scales_the_plan():
     close(sinkhorn(C, 3 * mu, 3 * nu), 3 * sinkhorn(C, mu, nu), 1e-7)
 
 
-def test_what_has_no_mass_gets_none():
+def test_pixels_and_prompts_without_mass():
     mu, nu = marginal("zeros", 50), marginal("zeros", 6)
     C = cost("random", 50, 6).requires_grad_()
     T = sinkhorn(C, mu, nu)
@@ -283,28 +233,35 @@ def test_autocast_changes_nothing():
 
 
 def test_a_problem_does_not_see_its_batch():
-    "Hard and easy problems together give what each gives alone: iterations stop problem by problem."
+    "Hard and easy problems in one batch have the same plans as alone: iterations stop problem by problem."
     C = torch.cat([cost("flat", 1, 40, 5), 30 * cost("sharp", 1, 40, 5), cost("random", 1, 40, 5)])
     for i, T in enumerate(sinkhorn(C, eps=0.05)):
         close(T, sinkhorn(C[i], eps=0.05), 1e-5)
 
 
-def test_piecewise(monkeypatch):
-    "On a CPU a large batch is taken in pieces: the plans, the gradient and the warning are those of the whole."
-    C, seen = cost("random", 140, 400, 6), []
-    monkeypatch.setattr("torch.get_num_threads", lambda: 10**6)
+def test_chunks(monkeypatch):
+    "A CPU solves a large batch in chunks: plans, gradient and warning are those of the whole batch."
+    C, sizes = cost("random", 7, 400, 6), []
     whole, grad = sinkhorn(C), gradient(C, 0.05)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    for_each_chunk(lambda part: seen.append(len(part)), C)
-    assert len(seen) == 3 and sum(seen) == 140
+    monkeypatch.setattr("otseg.ot.CHUNK_NUMBERS", 3 * C[0].numel())
+    for_each_chunk(lambda part: sizes.append(len(part)), C)
+    assert sizes == [3, 3, 1]
     close(sinkhorn(C), whole, 1e-5)
     close(gradient(C, 0.05), grad, 1e-5)
-    with pytest.warns(UserWarning, match="140 of 140 plans") as caught:
+    with pytest.warns(UserWarning, match="7 of 7 plans") as caught:
         sinkhorn(C, max_iter=1)
     assert len(caught) == 1
 
 
-def test_arguments_are_left_alone():
+def test_a_chunk_grows_with_the_threads(monkeypatch):
+    C, sizes = torch.empty(10, 1, CHUNK_NUMBERS // 2), []
+    for threads in (1, 3, 100):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        for_each_chunk(lambda part: sizes.append(len(part)), C)
+    assert sizes == [2] * 5 + [6, 4] + [10]
+
+
+def test_arguments_are_not_modified():
     args = cost("random", 2, 20, 4), marginal("skewed", 2, 20), marginal("skewed", 2, 4)
     before = [a.clone() for a in args]
     sinkhorn(*args)
@@ -317,7 +274,7 @@ def test_arguments_are_left_alone():
 @pytest.mark.parametrize("eps", [0.05, 0.5])
 @pytest.mark.parametrize("m, n", [(7, 3), (3, 4), (4, 1)])
 def test_gradcheck(eps, m, n):
-    "In the cost, in both marginals (through a softmax: mass must be equal), and in the mass."
+    "For the cost, for both marginals (through a softmax, since their sums must be equal), and for the mass."
     C, a, b = (rand(2, *s, seed=i, dtype=torch.float64).requires_grad_() for i, s in enumerate([(m, n), (m,), (n,)]))
     mass = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     plan = lambda C, a, b, mass: sinkhorn(C, mass * a.softmax(-1), mass * b.softmax(-1), eps, tol=1e-14)
@@ -335,26 +292,19 @@ def test_gradient_of_broadcast_marginals():
     )
 
 
-def gradient(C, eps, plan=sinkhorn):
-    "Of a weighted sum of the plan, times eps: of order 1 whatever eps."
-    C = C.clone().requires_grad_()
-    return eps * torch.autograd.grad((C[0].numel() * plan(C, eps=eps) * rand(*C.shape)).sum(), C)[0].double()
-
-
 @pytest.mark.parametrize("eps", [1e-4, 1e-3, 1e-2, 0.05, 1])
 @pytest.mark.parametrize("C", ["random", "one-hot"])
 def test_gradient_in_float32(C, eps):
-    "Close to that in float64, where prompts are hardly coupled as well."
+    "The float32 gradient is close to the float64 gradient, also where prompts are hardly coupled."
     C = cost(C, 8, 60, 6)
     assert (gradient(C, eps) - gradient(C.double(), eps)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradient_of_prompts_that_exchange_nothing(dtype):
-    "Two groups of pixels and prompts far from each other: the gradient that each has alone."
-    A, B = cost("random", 2, 1, 20, 4).to(dtype)
-    both = torch.full((1, 40, 8), 30.0, dtype=dtype)
-    both[:, :20, :4], both[:, 20:, 4:] = A, B
+def test_gradient_of_uncoupled_groups(dtype):
+    "Two groups of pixels and prompts that are far from each other have the gradients that each has alone."
+    A, B = cost("random", 2, 20, 4).to(dtype)
+    both = two_groups(A, B)
     weight = rand(40, 8, seed=5).to(dtype)
 
     def grad(C, weight):
@@ -362,19 +312,19 @@ def test_gradient_of_prompts_that_exchange_nothing(dtype):
         return torch.autograd.grad((sinkhorn(C, eps=0.05) * weight).sum(), C)[0]
 
     G = grad(both, weight)
-    close(G[:, :20, :4], grad(A, weight[:20, :4]) / 2, 1e-5)
-    close(G[:, 20:, 4:], grad(B, weight[20:, 4:]) / 2, 1e-5)
-    assert G[:, :20, 4:].abs().max() < 1e-7 > G[:, 20:, :4].abs().max()
+    close(G[:20, :4], grad(A, weight[:20, :4]) / 2, 1e-5)
+    close(G[20:, 4:], grad(B, weight[20:, 4:]) / 2, 1e-5)
+    assert G[:20, 4:].abs().max() < 1e-7 > G[20:, :4].abs().max()
 
 
-def test_the_graph_keeps_the_plan_and_no_iteration():
-    def load_or_make_record(eps):
+def test_the_graph_stores_the_plan_and_no_iteration():
+    def saved_numbers(eps):
         C, sizes = cost("random", 2, 200, 6).requires_grad_(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             sinkhorn(C, eps=eps)
         return sum(sizes)
 
-    assert load_or_make_record(1e-3) == load_or_make_record(10) <= 1.5 * 2 * 200 * 6
+    assert saved_numbers(1e-3) == saved_numbers(10) <= 1.5 * 2 * 200 * 6
 
 
 def test_no_second_derivative():
@@ -390,30 +340,28 @@ def test_no_second_derivative():
 @pytest.mark.parametrize(
     "C, options", [(cost("sharp", 2, 40, 5), dict(max_iter=1)), (torch.full((2, 4, 3), torch.nan), {})]
 )
-def test_warns_where_it_did_not_converge(C, options):
+def test_warns_if_it_did_not_converge(C, options):
     with pytest.warns(UserWarning, match="2 of 2 plans did not converge in .* iterations at eps = 0.05"):
         sinkhorn(C, **options)
 
 
-def test_verdicts_later():
-    "One warning for all calls since the last one, and at the end of the block; one for each eps."
+def test_deferred_checks():
+    "One warning for all solves since the last check, and one on exit; separate warnings for different eps."
     sharp = cost("sharp", 2, 40, 5)
     with pytest.warns(UserWarning) as caught:
-        with defer_convergence_checks() as verdicts:
+        with defer_convergence_checks() as report:
             sinkhorn(sharp, max_iter=1), sinkhorn(sharp), sinkhorn(sharp, max_iter=1)
             assert not caught
-            verdicts.warn(), verdicts.warn()
-            assert [str(w.message)[:42] for w in caught] == ["4 of 4 plans did not converge in 1 iterati"]
+            report.warn(), report.warn()
+            assert ["4 of 4 plans did not converge in 1 iter" in str(w.message) for w in caught] == [True]
             sinkhorn(sharp, max_iter=1), sinkhorn(torch.full((3, 4, 2), torch.nan), eps=0.5)
-    assert [str(w.message).split(":")[0][-10:] for w in caught[1:]] == [
-        "eps = 0.05",
-        " eps = 0.5",
-    ] and "error nan" in str(caught[2].message)
+    last, nan = (str(w.message) for w in caught[1:])
+    assert "at eps = 0.05:" in last and "at eps = 0.5:" in nan and "error nan" in nan
     with pytest.warns(UserWarning, match="2 of 2"):
         sinkhorn(sharp, max_iter=1)
 
 
-def test_verdicts_are_read_where_something_fails():
+def test_deferred_checks_run_when_the_block_fails():
     with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(KeyError), defer_convergence_checks():
         sinkhorn(cost("sharp", 2, 40, 5), max_iter=1)
         raise KeyError
@@ -429,7 +377,7 @@ def test_nan_stays_in_its_problem():
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (dict(eps=0), "eps = 0: .* must be positive"),
         (dict(eps=-1.0), "eps = -1.0"),
@@ -444,6 +392,6 @@ def test_nan_stays_in_its_problem():
         (dict(C=torch.zeros(2, 6, 4, dtype=torch.int64)), "torch.int64"),
     ],
 )
-def test_what_is_refused(change, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
         sinkhorn(**({"C": torch.zeros(2, 6, 4)} | change))
