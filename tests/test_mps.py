@@ -1,4 +1,4 @@
-"""Score map: what the plan of the cosines earns."""
+"""Cosine, score map and their gradient."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_cosine():
 
 
 def test_score_is_the_definition():
-    "Formula by formula, with one problem at a time."
+    "One problem at a time, written out."
     x, q = inputs()
     score = score_map(x, q, eps=0.1)
     for i in range(b):
@@ -34,12 +34,12 @@ def test_score_is_the_definition():
             close(score[i, c], m * n * (sinkhorn(1 - S, eps=0.1) * S).sum(-1))
 
 
-def test_one_prompt_leaves_nothing_to_transport():
+def test_one_prompt_scores_its_cosine():
     x, q = inputs(n=1)
     close(score_map(x, q), cosine(x, q)[..., 0])
 
 
-def test_equal_prompts_share_equally():
+def test_equal_prompts_add_their_cosines():
     x, q = inputs(n=1)
     close(score_map(x, q.expand(b, k, 6, d)), 6 * cosine(x, q)[..., 0])
 
@@ -51,11 +51,11 @@ def test_large_eps_adds_the_cosines():
     close(plan_score(S, uniform_plan(1 - S)), S.sum(-1))
 
 
-def test_transport_earns_more_than_the_uniform_plan():
-    "The plan maximises what is transported plus entropy, of which the uniform one has most."
+def test_a_smaller_eps_has_a_higher_score():
+    "The plan maximises similarity plus eps times entropy; the uniform plan has the largest entropy."
     S = cosine(*inputs())
-    earned = [(sinkhorn(1 - S, eps=eps) * S).sum((-2, -1)) for eps in (0.02, 0.1, 1)] + [S.mean((-2, -1))]
-    assert all((more > less).all() for more, less in zip(earned, earned[1:]))
+    scores = [(sinkhorn(1 - S, eps=eps) * S).sum((-2, -1)) for eps in (0.02, 0.1, 1)] + [S.mean((-2, -1))]
+    assert all((higher > lower).all() for higher, lower in zip(scores, scores[1:]))
 
 
 def test_permutations():
@@ -82,7 +82,7 @@ def test_autocast_changes_nothing():
 
 
 def test_gradient():
-    "Through the cosine and through the plan; none along a vector's own length."
+    "It passes through the cosine and the plan, and is orthogonal to each embedding, whose length does not matter."
     x, q = (t[:1, :8].double().requires_grad_() for t in inputs(n=3, k=2))
     weight = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -98,14 +98,14 @@ def test_gradient():
     assert (gx * x).sum(-1).abs().max() < 1e-6 and (gq * q).sum(-1).abs().max() < 1e-6
 
 
-def test_embeddings_must_fit():
+def test_channels_must_agree():
     x, q = inputs()
     with pytest.raises(ValueError, match="pixels have 16 channels but queries 12"):
         score_map(x, q[..., :12])
 
 
-def test_a_zero_vector_has_no_direction():
-    "A dead patch scores 0 and gives no NaN."
+def test_a_zero_embedding():
+    "It scores 0 and causes no NaN."
     x, q = inputs()
     x[0, 3] = 0
     x.requires_grad_()
