@@ -7,8 +7,8 @@ __all__ = ['RIDGE', 'SINKHORN_FALLBACK_RATIO', 'MAX_EXPONENT', 'EPS_FACTOR', 'LE
            'KERNEL_CONSTANTS', 'CONVERGENCE_REPORT', 'PLANS', 'sinkhorn_loop', 'dual_hessian', 'dual_step',
            'for_each_chunk', 'shifted_logits', 'row_softmax', 'gram_matrix', 'plan_from_scaling', 'count_eps_levels',
            'solve_plan', 'gradient_sums', 'plan_gradient', 'kernel_fits', 'choose_solver', 'EntropicPlan',
-           'ConvergenceReport', 'defer_convergence_checks', 'expand_marginal', 'sinkhorn', 'softmax_over_prompts',
-           'softmax_over_pixels']
+           'ConvergenceReport', 'defer_convergence_checks', 'report_convergence', 'expand_marginal', 'expand_marginals',
+           'sinkhorn', 'softmax_over_prompts', 'softmax_over_pixels']
 
 # %% ../nbs/00_ot.ipynb #7d504b71
 import math
@@ -93,7 +93,7 @@ def shifted_logits(C: Tensor, out: Tensor):
 
 
 def row_softmax(A: Tensor, a: Tensor, out: Tensor, scale: float):
-    "Softmax over the prompt axis P (p, n, m), for logits scale * A (p, n, m) + a (p, n)."
+    "Softmax P (p, n, m) over the prompt axis, of the logits scale * A (p, n, m) + a (p, n)."
     torch.softmax(torch.add(a[..., None].to(A), A, alpha=scale), 1, out=out)
 
 
@@ -117,8 +117,15 @@ def count_eps_levels(logits: Tensor, eps: float) -> int:
 
 # %% ../nbs/00_ot.ipynb #ab42e8d8
 @torch.compiler.disable  # its control flow depends on values
-def solve_plan(C: Tensor, mu: Tensor, nu: Tensor, eps: float, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
-    "Plans (p, n, m) for costs (p, n, m) and marginals mu (p, m), nu (p, n), and flags (p,) of those that converged."
+def solve_plan(
+    C: Tensor,  # costs (p, n, m)
+    mu: Tensor,  # pixel marginals (p, m)
+    nu: Tensor,  # prompt marginals (p, n)
+    eps: float,  # entropic regularisation
+    max_iter: int,  # largest number of Newton steps for each value of eps
+    tol: float,  # stop rule: largest squared oscillation of a step
+) -> tuple[Tensor, Tensor]:  # plans (p, n, m), flags (p,) of those that converged
+    "Plans by damped Newton steps on the dual variables of the prompt axis."
     A = torch.empty_like(C, memory_format=torch.contiguous_format)
     for_each_chunk(shifted_logits, C, A)
     eps_levels = count_eps_levels(A, eps)
@@ -158,9 +165,13 @@ def gradient_sums(T: Tensor, grad: Tensor, Q: Tensor, B: Tensor, mean_grad: Tens
     torch.matmul(W, P.mT, out=B)
     torch.mul(W.sum(1), inv_mu, out=mean_grad)
 
-
-def plan_gradient(T: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    "Gradients of the costs (p, n, m) and the marginals (p, m), (p, n), from plans T and their gradients (p, n, m)."
+# %% ../nbs/00_ot.ipynb #f0a10c29
+def plan_gradient(
+    T: Tensor,  # plans (p, n, m)
+    grad: Tensor,  # their gradients (p, n, m)
+    eps: float,  # entropic regularisation
+) -> tuple[Tensor, Tensor, Tensor]:  # gradients of the costs (p, n, m) and the marginals (p, m), (p, n)
+    "Gradients from the optimality conditions: one small linear system for each problem, whatever the solver did."
     p, n, m = T.shape
     grad, (Q, B), (mean_grad, inv_mu, u) = grad.contiguous(), T.new_empty(2, p, n, n), T.new_empty(3, p, m)
     for_each_chunk(gradient_sums, T, grad, Q, B, mean_grad, inv_mu)
@@ -269,6 +280,17 @@ def defer_convergence_checks() -> Iterator[ConvergenceReport]:
         CONVERGENCE_REPORT.reset(token)
         report.warn(stacklevel=3)
 
+# %% ../nbs/00_ot.ipynb #f0a10c31
+def report_convergence(T: Tensor, nu: Tensor, done: Tensor, eps: float, max_iter: int):
+    "Warn now about plans that did not converge, or store their flags within `defer_convergence_checks`."
+    deferred = CONVERGENCE_REPORT.get()
+    if deferred is not None:
+        deferred.add(T, nu, done, eps, max_iter)
+    elif not done.all():
+        report = ConvergenceReport()
+        report.add(T, nu, done, eps, max_iter)
+        report.warn(stacklevel=3)  # names the line that called `sinkhorn`
+
 # %% ../nbs/00_ot.ipynb #0b943c96
 def expand_marginal(mass: Tensor | None, like: Tensor, name: str) -> Tensor:
     """`mass` expanded to the shape of `like` (..., s); None gives the uniform marginal 1/s.
@@ -278,7 +300,7 @@ def expand_marginal(mass: Tensor | None, like: Tensor, name: str) -> Tensor:
     if mass is None:
         return like.new_full((), 1 / max(s, 1)).expand(like.shape)
     sizes = zip(mass.shape[::-1], like.shape[::-1])
-    if mass.shape[-1:] != (s,) or mass.dim() > like.dim() or any(ours not in (1, full) for ours, full in sizes):
+    if mass.shape[-1:] != (s,) or mass.dim() > like.dim() or any(size not in (1, full) for size, full in sizes):
         raise ValueError(
             f"{name} has shape {tuple(mass.shape)} but must end in {s} and broadcast to {tuple(like.shape)}: "
             "C is (..., m, n), mu (..., m), nu (..., n)"
@@ -286,6 +308,20 @@ def expand_marginal(mass: Tensor | None, like: Tensor, name: str) -> Tensor:
     if (mass < 0).any():
         raise ValueError(f"{name} has a negative entry, {mass.min().item():.3g}: masses must be at least 0")
     return mass.to(like).expand(like.shape)
+
+
+def expand_marginals(mu: Tensor | None, nu: Tensor | None, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Marginals mu (..., m) and nu (..., n) for costs (..., n, m), uniform where they are None.
+
+    Raises ValueError: if they do not fit the costs or each other."""
+    uniform = mu is None and nu is None
+    mu, nu = expand_marginal(mu, C[..., 0, :], "mu"), expand_marginal(nu, C[..., 0], "nu")
+    if not uniform and not torch.allclose(mu.sum(-1), nu.sum(-1), rtol=1e-3):
+        raise ValueError(
+            f"mu sums to {mu.sum(-1).flatten()[0]:.4g}, nu to {nu.sum(-1).flatten()[0]:.4g}: "
+            "a plan needs equal sums; normalise them"
+        )
+    return mu, nu
 
 # %% ../nbs/00_ot.ipynb #ec128944
 def sinkhorn(
@@ -311,21 +347,10 @@ def sinkhorn(
         return torch.zeros_like(C)
     *batch, m, n = C.shape
     D = C.mT.to(torch.promote_types(C.dtype, torch.float32))  # (..., n, m)
-    uniform = mu is None and nu is None
-    mu, nu = expand_marginal(mu, D[..., 0, :], "mu"), expand_marginal(nu, D[..., 0], "nu")
-    if not uniform and not torch.allclose(mu.sum(-1), nu.sum(-1), rtol=1e-3):
-        raise ValueError(
-            f"mu sums to {mu.sum(-1).flatten()[0]:.4g}, nu to {nu.sum(-1).flatten()[0]:.4g}: "
-            "a plan needs equal sums; normalise them"
-        )
-    nu = nu.reshape(-1, n)
-    T, done = EntropicPlan.apply(D.reshape(-1, n, m), mu.reshape(-1, m), nu, eps, max_iter, tol)
-    deferred = CONVERGENCE_REPORT.get()
-    if deferred is not None or not done.all():
-        report = deferred or ConvergenceReport()
-        report.add(T.detach(), nu.detach(), done, eps, max_iter)
-        if deferred is None:
-            report.warn()
+    mu, nu = expand_marginals(mu, nu, D)
+    D, mu, nu = D.reshape(-1, n, m), mu.reshape(-1, m), nu.reshape(-1, n)
+    T, done = EntropicPlan.apply(D, mu, nu, eps, max_iter, tol)
+    report_convergence(T.detach(), nu.detach(), done, eps, max_iter)
     return T.reshape(*batch, n, m).mT.to(C.dtype)
 
 # %% ../nbs/00_ot.ipynb #17d4e3d5

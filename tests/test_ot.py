@@ -341,8 +341,9 @@ def test_no_second_derivative():
     "C, options", [(cost("sharp", 2, 40, 5), dict(max_iter=1)), (torch.full((2, 4, 3), torch.nan), {})]
 )
 def test_warns_if_it_did_not_converge(C, options):
-    with pytest.warns(UserWarning, match="2 of 2 plans did not converge in .* iterations at eps = 0.05"):
+    with pytest.warns(UserWarning, match="2 of 2 plans did not converge in .* iterations at eps = 0.05") as caught:
         sinkhorn(C, **options)
+    assert caught[0].filename == __file__
 
 
 def test_deferred_checks():
