@@ -44,10 +44,18 @@ class PairedDifference:
     @property
     def text(self) -> str:
         "The difference as tables show it."
+        return self.describe({})
+
+    def describe(
+        self,
+        words: dict[str, str],  # verdict -> other word, for example better -> higher
+    ) -> str:
+        "The difference as text, with other words for the verdicts."
         if self.pairs < 2:
             return NOT_RUN
         interval = f"{self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-        return f"{interval}, {self.wins} of {self.pairs} seeds: {self.verdict}"
+        verdict = words.get(self.verdict, self.verdict)
+        return f"{interval}, {self.wins} of {self.pairs} seeds: {verdict}"
 
 # %% ../nbs/43_comparisons.ipynb #b83c8aad
 def scores_by_pair(
@@ -123,9 +131,11 @@ def count_verdicts(
     metric: str = "hIoU",
 ) -> str:
     "The number of comparisons with each verdict, for each variant."
-    counts = comparisons[comparisons["metric"] == metric].groupby("variant", sort=False)["verdict"].value_counts()
-    base = ", ".join(comparisons["base"].unique())
-    parts = [f"{variant} is {verdict} in {count}" for (variant, verdict), count in counts.items()]
+    rows, parts = comparisons[comparisons["metric"] == metric], []
+    for variant, verdicts in rows.groupby("variant", sort=False)["verdict"]:
+        counts = ", ".join(f"{verdict} in {count}" for verdict, count in verdicts.value_counts().items())
+        parts.append(f"{variant} is {counts}")
+    base = ", ".join(rows["base"].unique())
     return f"Compared with {base} in {metric}: {'; '.join(parts)}." if parts else "Nothing has been run yet."
 
 
@@ -137,5 +147,9 @@ def base_against_others(
     phrases = {WORSE: "ahead of", NOT_DISTINGUISHABLE: "not distinguishable from", BETTER: "behind"}
     rows = comparisons[comparisons["metric"] == metric]
     variants = {verdict: rows.loc[rows["verdict"] == verdict, "variant"] for verdict in phrases}
-    parts = [f"{phrases[verdict]} {', '.join(names)}" for verdict, names in variants.items() if len(names)]
+    parts = [
+        f"{phrases[verdict]} {', '.join(f'*{name}*' for name in names)}"
+        for verdict, names in variants.items()
+        if len(names)
+    ]
     return f"In {metric}, {rows['base'].iloc[0]} is {'; '.join(parts)}." if parts else ""

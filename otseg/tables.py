@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ONE_REPEATED', 'T4_FACTORS', 'ROWS', 'NOT_RUN', 'check_free', 'runs_for_table', 'record_folders', 'read_record',
-           'load_or_make_record', 'missing', 'train_run', 'run_command', 'commands', 'missing_note', 'path_scores',
+           'write_record', 'missing', 'train_run', 'run_command', 'commands', 'missing_note', 'path_scores',
            'run_scores', 'mean_and_sd', 'format_mean', 'to_wide', 'published_table', 'join_unique', 'output_folder',
-           'write_table', 'save_figure']
+           'write_table', 'save_figure', 'check_counts', 'split_names']
 
 # %% ../nbs/42_tables.ipynb #2b602e05
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import product
 from math import nan
 from pathlib import Path
@@ -104,16 +104,16 @@ def read_record(
     return next((json.loads(file.read_text()) for file in files if file.is_file()), None)
 
 
-def load_or_make_record(
-    name: str,  # of the record, without .json
-    make: Callable[[], dict],  # called if there is no such record
+def write_record(
+    record: dict,  # with its name
     folder: str | Path | None = None,  # see `record_folders`
 ) -> dict:
-    "The record of that name. If there is none, make it and write it to its folder."
+    "Write a record unless there is one of that name. Returns the record of that name."
+    name = record["name"]
     if read_record(name, folder) is None:
         path = record_folders(folder)[-1] / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, make())
+        write_json(path, record)
     return read_record(name, folder)
 
 # %% ../nbs/42_tables.ipynb #0a5bb005
@@ -138,7 +138,7 @@ def train_run(
         if not (Path(out) / run_name(start) / "half.safetensors").is_file():
             train_run(start, out, folder, **options)
     record = fit(recipe, Path(out) / run_name(recipe), **options)
-    return load_or_make_record(run_name(recipe), lambda: record, folder)
+    return write_record(record, folder)
 
 # %% ../nbs/42_tables.ipynb #04b3e860
 def run_command(
@@ -302,3 +302,22 @@ def save_figure(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     fig.savefig(out / f"{name}.png", dpi=80, bbox_inches="tight")
+
+# %% ../nbs/42_tables.ipynb #0a5bb015
+def check_counts(**counts):
+    "Check that each value is a whole number of at least 1. Raises ValueError: with the name of one that is not."
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} = {value!r} must be a whole number of at least 1")
+
+
+def split_names(
+    parameter: str,  # name of the parameter, for the message
+    text: str,  # its value: names, comma-separated
+    choices: Iterable[str],
+) -> list[str]:
+    "The names in a parameter. Raises ValueError: if one is not among the choices."
+    names = [name.strip() for name in text.split(",")]
+    if wrong := [name for name in names if name not in choices]:
+        raise ValueError(f"{parameter}: {', '.join(wrong)} is not one of {', '.join(choices)}")
+    return names
