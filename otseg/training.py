@@ -264,7 +264,8 @@ def wants_to_stop(run: Run, stop: Stop, t: int) -> bool:
 # %% ../nbs/28_training.ipynb #71c98ba1
 def check_same_model(there: Recipe, here: Recipe, path):
     "Refuse weights that fit in shape but were trained for another model."
-    for name in ("clip", "attention", "depth", "eps", "marginals", "prompts", "templates", "copies", "image_size"):
+    same = ("clip", "attention", "depth", "eps", "plan", "visual_prompts", "num_templates", "template_repeats")
+    for name in (*same, "image_size"):
         if getattr(there, name) != getattr(here, name):
             raise ValueError(
                 f"{path} was trained with {name} = {getattr(there, name)!r}, but this recipe has {getattr(here, name)!r}"
