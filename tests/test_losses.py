@@ -1,39 +1,29 @@
-"""Focal and dice loss by class chunks: the same as without chunks, in value and gradient, and small in memory."""
+"""The chunked focal and dice loss equals the naive one in value and gradient, and keeps little memory."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import close
+from torchvision.ops import sigmoid_focal_loss
 
 from otseg.images import IGNORE
 from otseg.losses import (
+    ALPHA,
     MAX_SLOPE_BY_NODES,
-    bands,
+    axis_bands,
+    axis_matrix,
     gauss_nodes,
     group_by_node_count,
-    interpolation,
     mask_loss,
+    max_slope,
+    naive_mask_loss,
     num_masks,
-    points,
     present_classes,
-    steepness,
+    sample_points,
     training_loss,
 )
 from otseg.model import Masks
-
-
-def plain_loss(logits, label):
-    "The definition with all masks at full size and autograd."
-    k = logits.shape[1]
-    z = F.interpolate(logits, size=label.shape[-2:], mode="bilinear", align_corners=False)
-    target = F.one_hot(torch.where(label == IGNORE, k, label), k + 1)[..., :k].movedim(-1, 1).to(z)
-    p, present = z.sigmoid(), target.flatten(2).any(-1)
-    cross_entropy = F.binary_cross_entropy_with_logits(z, target, reduction="none")
-    p_t, alpha = p * target + (1 - p) * (1 - target), 0.25 * target + 0.75 * (1 - target)
-    focal = (alpha * (1 - p_t) ** 2 * cross_entropy).mean((2, 3)).sum()
-    dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
-    return {"focal": focal / present.sum().clamp(min=1), "dice": dice[present].sum() / present.sum().clamp(min=1)}
 
 
 def inputs(kind="mixed", b=2, k=5, size=(4, 6), full=(16, 24), dtype=torch.float64, seed=0):
@@ -57,7 +47,8 @@ def inputs(kind="mixed", b=2, k=5, size=(4, 6), full=(16, 24), dtype=torch.float
 
 
 def compare(logits, label, tol=1e-9, **options):
-    ours, theirs = mask_loss(logits, label, **options), plain_loss(logits, label)
+    "Values and gradients of `mask_loss` equal those of `naive_mask_loss`."
+    ours, theirs = mask_loss(logits, label, **options), naive_mask_loss(logits, label)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert ours[name].shape == () and (ours[name] - theirs[name]).abs() <= tol * (1 + theirs[name].abs())
@@ -72,7 +63,24 @@ def compare(logits, label, tol=1e-9, **options):
             assert not grads[0].any()
 
 
-# against the definition
+# the naive loss against its definition and another implementation
+
+
+def test_naive_focal_loss_is_that_of_torchvision():
+    "At the resolution of the label; divided by the number of masks and pixels."
+    logits, label = inputs("full", size=(16, 24))
+    target = F.one_hot(label, 5).movedim(-1, 1).double()
+    want = sigmoid_focal_loss(logits, target, alpha=ALPHA, gamma=2, reduction="sum") / target.flatten(2).any(-1).sum()
+    close(naive_mask_loss(logits, label)["focal"], want / (16 * 24), 1e-12)
+
+
+def test_naive_dice_loss_by_hand():
+    "Two pixels, one of the class, p = 1/2 at both: 1 - (2 * 1/2 + 1) / (1 + 1 + 1)."
+    loss = naive_mask_loss(torch.zeros(1, 1, 1, 2), torch.tensor([[[0, IGNORE]]]))
+    close(loss["dice"], torch.tensor(1 / 3))
+
+
+# the chunked loss against the naive one
 
 
 @pytest.mark.parametrize("kind", ["full", "mixed", "ignored", "one image ignored", "one class", "absent", "corner"])
@@ -95,33 +103,33 @@ def test_labels(kind, k):
     ],
 )
 def test_resolutions(size, full):
-    "EvalView and odd factors, none, and smaller."
+    "Whole and odd magnifications, none, and smaller labels."
     compare(*inputs(size=size, full=full))
 
 
-@pytest.mark.parametrize("chunk", [1, 48, 50, 240, 768, 1000, 1536, 10**6])
-def test_chunks(chunk):
-    "A row, several, a class, several; the last ones smaller."
+@pytest.mark.parametrize("chunk_size", [1, 48, 50, 240, 768, 1000, 1536, 10**6])
+def test_chunk_sizes(chunk_size):
+    "Chunks of one row, several rows, one mask or several masks; the last chunk may be smaller."
     logits, label = inputs("absent")
-    compare(logits, label, chunk=chunk)
+    compare(logits, label, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("max_present", [7, 8, 10, 100])
-def test_more_masks_may_occur_than_do(max_present):
+def test_max_present_may_be_too_large(max_present):
     logits, label = inputs("absent")
     assert present_classes(label, 5).sum() == 7 and logits.shape[:2] == (2, 5)
     compare(logits, label, max_present=max_present)
 
 
-def test_fewer_masks_may_not():
+def test_max_present_must_not_be_too_small():
     logits, label = inputs("absent")
     with pytest.raises(ValueError, match="max_present = 6 but label has pixels of 7 masks"):
         mask_loss(logits, label, max_present=6)
 
 
 @pytest.mark.parametrize("scale", [1, 60])
-def test_logits_beyond_the_exponential(scale):
-    "The two ways to softplus."
+def test_logits_too_large_for_exp(scale):
+    "The two ways to compute a softplus."
     logits, label = inputs(dtype=torch.float32)
     logits = (scale * logits.detach()).requires_grad_()
     assert (logits.abs().max() > 100) == (scale > 1)
@@ -136,7 +144,7 @@ def test_batch(b):
 def test_float32():
     logits, label = inputs(dtype=torch.float32)
     compare(logits, label, 1e-5)
-    exact = plain_loss(logits.double(), label)
+    exact = naive_mask_loss(logits.double(), label)
     for name, value in mask_loss(logits, label).items():
         assert value.dtype == torch.float32 and abs(value - exact[name]) < 1e-5 * exact[name]
 
@@ -144,28 +152,28 @@ def test_float32():
 @pytest.mark.parametrize("size, full", [((2, 3), (5, 7)), ((3, 2), (3, 2))])
 def test_gradcheck(size, full):
     logits, label = inputs(k=3, size=size, full=full)
-    assert torch.autograd.gradcheck(lambda z: tuple(mask_loss(z, label, chunk=20).values()), logits)
+    assert torch.autograd.gradcheck(lambda z: tuple(mask_loss(z, label, chunk_size=20).values()), logits)
 
 
 @pytest.mark.parametrize("size_in, size_out", [(4, 16), (5, 35), (3, 7), (1, 4), (6, 6), (8, 3)])
-def test_interpolation_matrix(size_in, size_out):
+def test_upsampling_matrix(size_in, size_out):
     x = torch.randn(2, 3, size_in, dtype=torch.float64)
-    U, weight = interpolation(size_in, size_out, None, x.dtype, x.device)
+    U, weight = axis_matrix(size_in, size_out, None, x.dtype, x.device)
     close(x @ U.T, F.interpolate(x, size=size_out, mode="linear"), 1e-12)
     assert (weight == 1).all()
 
 
 @pytest.mark.parametrize("nodes", [None, 4])
 @pytest.mark.parametrize("size_in, size_out, rows", [(32, 512, 64), (5, 35, 4), (4, 4, 3), (8, 3, 1), (1, 9, 5)])
-def test_bands_of_the_interpolation_matrix(size_in, size_out, rows, nodes):
-    "Together they are the matrix, and none has more columns than it needs."
+def test_bands_of_the_upsampling_matrix(size_in, size_out, rows, nodes):
+    "Together they are the matrix, and no band has more columns than it needs."
     here = torch.float32, torch.device("cpu")
-    up, weights = interpolation(size_in, size_out, nodes, *here)
-    whole, pieces = torch.zeros_like(up), bands(size_in, size_out, nodes, rows, *here)
-    for at, tokens, U, _ in pieces:
-        whole[at, tokens] = U
-        assert U.shape[1] <= len(U) * size_in // min(size_out, len(up)) + 3
-    assert torch.equal(whole, up) and torch.equal(torch.cat([weight for *_, weight in pieces]), weights)
+    matrix, weights = axis_matrix(size_in, size_out, nodes, *here)
+    whole, bands = torch.zeros_like(matrix), axis_bands(size_in, size_out, nodes, rows, *here)
+    for band in bands:
+        whole[band.rows, band.tokens] = band.U
+        assert band.U.shape[1] <= len(band.U) * size_in // min(size_out, len(matrix)) + 3
+    assert torch.equal(whole, matrix) and torch.equal(torch.cat([band.weights for band in bands]), weights)
 
 
 # absent masks: fewer points than pixels
@@ -182,13 +190,13 @@ def test_gauss_nodes_are_exact_for_polynomials(pixels, nodes):
 
 @pytest.mark.parametrize("nodes", [None, 1, 4, 8])
 @pytest.mark.parametrize("size_in, size_out", [(32, 512), (5, 33), (7, 73), (4, 4), (9, 4), (1, 6), (6, 47)])
-def test_points(size_in, size_out, nodes):
-    "Weights add up to the pixels, also token by token, and no interval has more points than it may."
-    at, weight = points(size_in, size_out, nodes)
+def test_sample_points(size_in, size_out, nodes):
+    "The weights sum to the number of pixels, also for each token, and no interval has too many points."
+    at, weight = sample_points(size_in, size_out, nodes)
     assert (at.diff() >= 0).all() and 0 <= at.min() and at.max() <= size_in - 1
     close(weight.sum(), torch.tensor(float(size_out), dtype=torch.float64), 1e-12)
-    (U, w), (every, _) = (interpolation(size_in, size_out, n, torch.float64, at.device) for n in (nodes, None))
-    close(w @ U, every.sum(0), 1e-12)
+    (U, w), (U_pixels, _) = (axis_matrix(size_in, size_out, n, torch.float64, at.device) for n in (nodes, None))
+    close(w @ U, U_pixels.sum(0), 1e-12)
     inner = at[(at > 0) & (at < size_in - 1)]
     if nodes:
         assert all((inner.floor() == token).sum() <= nodes for token in range(size_in))
@@ -196,12 +204,12 @@ def test_points(size_in, size_out, nodes):
 
 @pytest.mark.parametrize("scale", [0.01, 0.05, 0.15, 0.3, 0.6, 1, 1.5, 4, 30])
 @pytest.mark.parametrize("shift", [-12, -4, 0, 6])
-def test_absent_masks_of_any_steepness(scale, shift):
-    "As accurate with few points as with all, in the sum and in each token's gradient."
+def test_absent_masks_of_any_slope(scale, shift):
+    "Few points are as accurate as all pixels, in the sum and in the gradient of each token."
     rng = torch.Generator().manual_seed(0)
     logits = (scale * torch.randn(2, 3, 6, 7, generator=rng) + shift).requires_grad_()
     label = torch.full((2, 96, 84), IGNORE)
-    theirs = plain_loss(exact := logits.detach().double().requires_grad_(), label)["focal"]
+    theirs = naive_mask_loss(exact := logits.detach().double().requires_grad_(), label)["focal"]
     want = torch.autograd.grad(theirs, exact)[0]
     ours = mask_loss(logits, label)["focal"]
     got = torch.autograd.grad(ours, logits)[0]
@@ -209,13 +217,13 @@ def test_absent_masks_of_any_steepness(scale, shift):
     assert ((got - want).abs() < 1e-5 * want + 1e-12 * want.max()).all()
 
 
-def test_steep_masks_get_more_points():
-    "Each mask its own; all pixels for those that are steeper than the table goes, or not a number."
+def test_steep_masks_get_more_nodes():
+    "Masks that are steeper than the table, or contain NaN, get all pixels."
     shape = torch.zeros(1, 4, 4)
     shape[0, 2, 1] = 1
     heights = torch.tensor([0, *MAX_SLOPE_BY_NODES.values(), 100, torch.nan])
     masks = heights[:, None, None] * shape
-    assert steepness(masks)[:-1].tolist() == heights[:-1].tolist()
+    assert max_slope(masks)[:-1].tolist() == heights[:-1].tolist()
     found = list(group_by_node_count(masks, torch.arange(len(masks))))
     assert [nodes for nodes, _ in found] == [*MAX_SLOPE_BY_NODES, None]
     assert [chosen.tolist() for _, chosen in found] == [
@@ -226,24 +234,24 @@ def test_steep_masks_get_more_points():
     assert [nodes for nodes, _ in group_by_node_count(masks.double(), torch.arange(len(masks)))] == [None]
 
 
-def test_no_logit_is_lost_to_nan():
+def test_nan_logits_give_a_nan_loss():
     logits, label = inputs("absent", dtype=torch.float32)
     with torch.no_grad():
         logits[0, 0, 1, 2] = torch.nan
     assert mask_loss(logits, label)["focal"].isnan()
 
 
-# what follows from the definition
+# invariants
 
 
 def test_ignored_pixels_are_negatives():
-    "Raising a class where the label is ignored costs focal loss."
+    "A larger logit at an ignored pixel has a larger focal loss."
     logits, label = inputs("ignored")
     grad = torch.autograd.grad(mask_loss(logits, label)["focal"], logits)[0]
     assert (grad > 0).all() and mask_loss(logits, label)["dice"] == 0
 
 
-def test_classes_and_images_may_change_places():
+def test_the_order_of_classes_and_images_does_not_matter():
     logits, label = inputs("mixed")
     order = torch.tensor([3, 0, 4, 1, 2])
     moved = torch.where(label == IGNORE, IGNORE, order.argsort()[label.clamp(max=4)])
@@ -252,7 +260,7 @@ def test_classes_and_images_may_change_places():
         close(mask_loss(logits.flip(0), label.flip(0))[name], value, 1e-12)
 
 
-def test_a_perfect_mask_costs_nothing_and_its_opposite_most():
+def test_a_correct_mask_has_no_loss_and_its_opposite_a_large_one():
     label = torch.arange(4).repeat_interleave(4).reshape(1, 4, 4)
     good = 20.0 * (2 * F.one_hot(label, 4).movedim(-1, 1) - 1)
     best, worst = mask_loss(good, label), mask_loss(-good, label)
@@ -261,7 +269,7 @@ def test_a_perfect_mask_costs_nothing_and_its_opposite_most():
 
 
 @pytest.mark.parametrize("z", [1e4, -1e4])
-def test_large_logits(z):
+def test_large_logits_stay_finite(z):
     logits, label = inputs(dtype=torch.float32)
     logits = torch.full_like(logits, z).requires_grad_()
     loss = mask_loss(logits, label)
@@ -284,12 +292,12 @@ def test_present_classes():
 
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_parts_of_a_batch_add_up(as_tensor):
-    "Divided by the masks of the whole batch, the parts have its loss and gradient."
+    "Divided by the number of masks of the whole batch, the parts sum to its loss and gradient."
     logits, label = inputs("absent", b=4)
-    count = num_masks(present_classes(label, 5))
+    N = num_masks(present_classes(label, 5))
     whole = training_loss(Masks(logits, 2 * logits), label)
-    count = count if as_tensor else count.item()
-    parts = [training_loss(Masks(z, 2 * z), t, count=count) for z, t in zip(logits.split([1, 3]), label.split([1, 3]))]
+    N = N if as_tensor else N.item()
+    parts = [training_loss(Masks(z, 2 * z), t, normalizer=N) for z, t in zip(logits.split([1, 3]), label.split([1, 3]))]
     for name in whole:
         close(sum(part[name] for part in parts), whole[name], 1e-9)
     grads = [torch.autograd.grad(sum(sum(loss.values()) for loss in losses), logits)[0] for losses in (parts, [whole])]
@@ -324,9 +332,9 @@ def test_autocast_changes_nothing():
 
 
 def test_nothing_of_full_size_is_kept():
-    "What the backward pass waits with does not grow with the label's resolution."
+    "The memory that the backward pass keeps does not grow with the resolution of the label."
 
-    def load_or_make_record(side):
+    def saved_numbers(side):
         logits, label = inputs(k=7, size=(4, 4), full=(side, side))
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -334,10 +342,10 @@ def test_nothing_of_full_size_is_kept():
         assert all(v.requires_grad for v in loss.values())
         return sum(sizes)
 
-    assert load_or_make_record(256) == load_or_make_record(16) <= 3 * 2 * 7 * 4 * 4
+    assert saved_numbers(256) == saved_numbers(16) <= 3 * 2 * 7 * 4 * 4
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     logits, label = inputs()
     before = logits.detach().clone(), label.clone()
     sum(mask_loss(logits, label).values()).backward()
@@ -346,7 +354,7 @@ def test_arguments_are_left_alone():
 
 def test_weighted_terms_of_both_paths():
     (mps, label), (mpsa, _) = inputs(), inputs(seed=1)
-    terms = training_loss(Masks(mps, mpsa), label, focal=3.0, dice=0.5)
+    terms = training_loss(Masks(mps, mpsa), label, focal_weight=3.0, dice_weight=0.5)
     want = {
         f"{path}_{name}": {"focal": 3.0, "dice": 0.5}[name] * value
         for path, z in (("mps", mps), ("mpsa", mpsa))
@@ -356,11 +364,11 @@ def test_weighted_terms_of_both_paths():
     assert training_loss(Masks(mps, mpsa), label)["mps_focal"] == 100 * mask_loss(mps, label)["focal"]
 
 
-# labels that do not fit
+# errors
 
 
 @pytest.mark.parametrize(
-    "label, says",
+    "label, message",
     [
         (torch.full((2, 8, 8), 5), "label holds class 5 but there are logits for 5 classes"),
         (torch.full((2, 8, 8), 254), "label holds class 254 but there are logits for 5 classes"),
@@ -373,7 +381,7 @@ def test_weighted_terms_of_both_paths():
         (torch.zeros(2, 8, 8, dtype=torch.uint8), "int64"),
     ],
 )
-def test_what_is_refused(label, says):
+def test_labels_that_do_not_fit(label, message):
     logits, _ = inputs()
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         mask_loss(logits, label)
