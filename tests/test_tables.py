@@ -1,41 +1,38 @@
-"""`otseg.tables`: which runs a table wants, what the records say together, and that every number in results/tables has a record."""
+"""`otseg.tables`: runs of a table, records, means over seeds, and the records behind every committed number."""
 
 import json
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from helpers import random_image, small_model
+from helpers import ROOT
 
 from otseg.cli import main
 from otseg.metrics import METRICS
-from otseg.mpsa import ATTENTIONS
 from otseg.recipes import RECIPES, resolve, run_name
 from otseg.tables import (
     NOT_RUN,
     ROWS,
     commands,
-    comparisons,
-    distance,
-    diversity,
-    load_or_make_record,
+    mean_and_sd,
     missing,
-    paired,
-    prompt_shares,
-    published,
+    missing_note,
+    output_folder,
+    published_table,
+    read_record,
+    record_folders,
+    run_scores,
     runs_for_table,
-    scores,
-    summary,
+    split_names,
     to_wide,
-    train,
+    train_run,
+    write_record,
 )
 from otseg.training import inductive_of
 
-ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "results/runs"
 DATASETS = sorted({dataset for dataset, _ in RECIPES})
 
 
@@ -56,7 +53,7 @@ def write(folder, *records):
 
 @pytest.mark.parametrize("table", ROWS)
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_rows_of_a_table_are_runs_of_their_own(table, dataset):
+def test_rows_of_a_table_are_different_runs(table, dataset):
     runs = runs_for_table(table, dataset, seeds=range(2))
     factors = runs["factor"].nunique() if "factor" in runs else 1
     default = runs["run"].value_counts()
@@ -72,9 +69,11 @@ def test_rows_of_a_table_are_runs_of_their_own(table, dataset):
         (dict(dataset="cityscapes"), "dataset = 'cityscapes'"),
         (dict(max_iter=3), "no field 'max_iter'"),
         (dict(max_iters=0), "max_iters = 0"),
+        (dict(attention="mpsa"), "attention cannot be changed: table t1 varies attention, seed, split"),
+        (dict(table="t4", eps=0.1), "eps cannot be changed"),
     ],
 )
-def test_wrong_wishes(given, says):
+def test_wrong_arguments(given, says):
     with pytest.raises(ValueError, match=says):
         runs_for_table(**dict(table="t1", dataset="digits") | given)
 
@@ -94,7 +93,7 @@ def runs_of(command):
 
 
 @pytest.mark.parametrize("table", ROWS)
-def test_commands_make_what_is_missing_and_need_each_other_not(table, tmp_path):
+def test_commands_train_what_is_missing_and_are_independent(table, tmp_path):
     runs = runs_for_table(table, "coco", seeds=range(2), max_iters=1000)
     write(tmp_path, record(runs["run"][0]))
     lines = commands(runs, tmp_path, root="/data with a space")
@@ -105,46 +104,71 @@ def test_commands_make_what_is_missing_and_need_each_other_not(table, tmp_path):
     assert all("'/data with a space'" in line for line in lines)
 
 
-def test_a_transductive_run_alone_brings_its_start_along(tmp_path):
+def test_the_command_of_a_transductive_run_trains_its_start_too(tmp_path):
     (line,) = commands(runs_for_table("t1", "voc", ("transductive",), (3,)).tail(1), tmp_path)
     assert runs_of(line) == ["voc0-inductive-mpsa-seed3", "voc0-transductive-mpsa-seed3"]
 
 
-def test_train_starts_where_it_can(tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(
-        "otseg.tables.fit", lambda recipe, out, **_: done.append(recipe.setting) or record(run_name(recipe))
-    )
+def test_train_run_trains_the_start_if_its_checkpoint_is_missing(tmp_path, monkeypatch):
+    done, records = [], tmp_path / "records"
+
+    def fit(recipe, out, **options):
+        done.append(recipe.setting)
+        return record(run_name(recipe))
+
+    monkeypatch.setattr("otseg.tables.fit", fit)
     recipe = resolve("digits", "transductive", eps=0.1)
-    assert train(recipe, tmp_path, tmp_path / "records") == load_or_make_record(
-        run_name(recipe), folder=tmp_path / "records"
-    )
-    assert done == ["inductive", "transductive"] and load_or_make_record(
-        run_name(inductive_of(recipe)), folder=tmp_path / "records"
-    )
-    half = tmp_path / run_name(inductive_of(recipe)) / "half.safetensors"
-    half.parent.mkdir(), half.touch()
-    train(recipe, tmp_path, tmp_path / "records")
+    start = run_name(inductive_of(recipe))
+    assert train_run(recipe, tmp_path, records) == read_record(run_name(recipe), records)
+    assert done == ["inductive", "transductive"] and read_record(start, records)
+    half = tmp_path / start / "half.safetensors"
+    half.parent.mkdir()
+    half.touch()
+    train_run(recipe, tmp_path, records)
     assert done == ["inductive", "transductive", "transductive"]
 
 
-def test_a_record_is_made_once(tmp_path):
-    assert load_or_make_record("a", folder=tmp_path) is None
-    assert (
-        load_or_make_record("a", lambda: {"value": 1}, tmp_path)
-        == load_or_make_record("a", lambda: {"value": 2}, tmp_path)
-        == {"value": 1}
-    )
-    with pytest.raises(RuntimeError):
-        load_or_make_record("b", lambda: (_ for _ in ()).throw(RuntimeError()), tmp_path)
+def test_an_existing_record_is_not_replaced(tmp_path):
+    assert read_record("a", tmp_path) is None
+    first = {"name": "a", "value": 1}
+    assert write_record(first, tmp_path) == write_record(first | {"value": 2}, tmp_path) == first
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_new_records_go_to_the_ignored_folder(tmp_path, monkeypatch):
+    "Committed records are read first and never written, unless their folder is named."
+    monkeypatch.setattr("otseg.tables.project_root", lambda: tmp_path)
+    committed, own = record_folders()
+    assert (committed, own) == (tmp_path / "results/runs", tmp_path / "runs/records")
+    write_record({"name": "a", "value": 1}, committed)
+    assert write_record({"name": "a", "value": 2})["value"] == 1 and not own.exists()
+    assert write_record({"name": "b", "value": 2})["value"] == 2
+    assert [p.name for p in own.iterdir()] == ["b.json"] and len([*committed.iterdir()]) == 1
+    assert read_record("a", own) is None and read_record("b", committed) is None
+    assert output_folder() == tmp_path / "runs" and output_folder("results").name == "results"
+
+
+def test_the_note_names_the_command_for_missing_runs(tmp_path):
+    runs = runs_for_table("t1", "voc", ("inductive",), range(2))
+    write(tmp_path, record(runs["run"][0]))
+    command = "`otseg tables commands t1 --dataset voc --settings inductive --seeds 2 --splits 1`"
+    note = missing_note(runs, "t1", tmp_path)
+    assert note.startswith("1 of 4 runs have a record. Not run: 3;") and command in note
+    write(tmp_path, *map(record, runs["run"]))
+    assert missing_note(runs, "t1", tmp_path) == "4 of 4 runs have a record."
+
+
+def test_names_are_split_and_checked():
+    assert split_names("rows", "a, b", "abc") == ["a", "b"]
+    with pytest.raises(ValueError, match="rows: d is not one of a, b, c"):
+        split_names("rows", "a,d", "abc")
 
 
 def test_mean_deviation_and_what_was_not_run(tmp_path):
     runs = runs_for_table("t1", "digits", ("inductive",), range(3))
     names = runs.query("decoder == 'mpsa'")["run"]
     write(tmp_path, record(names.iloc[0], 0.5, None), record(names.iloc[1], 0.7, None))
-    long = summary(scores(runs, ("ensemble",), tmp_path), ["decoder", "path"])
+    long = mean_and_sd(run_scores(runs, ("ensemble",), tmp_path), ["decoder", "path"])
     row = long.query("decoder == 'mpsa' and metric == 'hIoU'").iloc[0]
     assert (
         np.isclose(row["mean"], 60)
@@ -157,92 +181,49 @@ def test_mean_deviation_and_what_was_not_run(tmp_path):
     assert table.loc[("softmax", "ensemble")].tolist() == [NOT_RUN] * 4 + [0]
 
 
-def frame(**values):
-    return pd.DataFrame(
-        [{"decoder": name, "seed": s, "hIoU": v} for name, side in values.items() for s, v in enumerate(side)]
-    )
-
-
-def test_pairs():
-    found = paired(frame(a=[3.0, 5.0, 4.0], b=[1.0, 2.0, 3.0]), "decoder", "a", "b")
-    assert found["difference"] == pytest.approx(2) and found["wins"] == 3 and found["pairs"] == 3
-    half = 4.302653 * 1 / 3**0.5  # Student's t for two degrees of freedom, deviation 1
-    assert (found["low"], found["high"]) == pytest.approx((2 - half, 2 + half)) and found["text"].endswith(
-        "3 of 3 seeds: not told apart"
-    )
-    back = paired(frame(a=[3.0, 5.0, 4.0], b=[1.0, 2.0, 3.0]), "decoder", "b", "a")
-    assert back["difference"] == -found["difference"] and back["p"] == pytest.approx(found["p"]) and back["wins"] == 0
-    assert paired(frame(a=[3.0, 3.1, 3.2], b=[1.0, 1.2, 1.1]), "decoder", "a", "b")["text"].endswith(": better")
-    assert paired(frame(a=[3.0, 3.1, 3.2], b=[1.0, 1.2, 1.1]), "decoder", "b", "a")["text"].endswith(": worse")
-
-
-def test_only_pairs_count():
-    found = paired(frame(a=[3.0, 5.0, np.nan, 9.0], b=[1.0, 2.0, 3.0]), "decoder", "a", "b")
-    assert found["pairs"] == 2 and found["difference"] == pytest.approx(2.5)
-    assert paired(frame(a=[3.0], b=[1.0]), "decoder", "a", "b")["text"] == NOT_RUN
-    with pytest.raises(ValueError, match="several runs with the same seed"):
-        paired(pd.concat([frame(a=[1.0], b=[1.0])] * 2), "decoder", "a", "b")
-
-
-def test_equal_sides_are_not_told_apart():
-    assert "not told apart" in paired(frame(a=[1.0, 2.0, 3.0], b=[1.0, 2.0, 3.0]), "decoder", "a", "b")["text"]
-
-
-def test_every_row_is_compared_with_the_base():
-    table = comparisons(frame(a=[3.0, 5.0], b=[1.0, 2.0], c=[0.0, 9.0]), "decoder", "b", ("hIoU",))
-    assert [*table.index] == ["a", "c"] and table.loc["a", "hIoU"].startswith("+2.5 [")
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_shares_of_every_decoder(attention):
-    shares = prompt_shares(small_model(attention=attention), random_image(1))
-    assert [*shares] == ["mps", "layer 1", "layer 2", "layer 3"]
-    for name, T in shares.items():
-        torch.testing.assert_close(T.sum(-2), torch.ones_like(T[:, 0]))
-        assert 0 <= distance(T) <= 1 and 0 <= diversity(T) <= 1
-        swapped = T[..., torch.randperm(T.shape[-1])]
-        assert distance(swapped) == pytest.approx(distance(T)) and diversity(swapped) == pytest.approx(diversity(T))
-    if attention == "uniform":
-        assert distance(shares["layer 1"]) < 1e-6 < distance(shares["mps"])
-
-
-def test_one_prompt_has_one_plan():
-    model = small_model()
-    shares = prompt_shares(small_model(text=model.text[:, :1]), random_image(1))
-    assert all(distance(T) == pytest.approx(0, abs=1e-5) and np.isnan(diversity(T)) for T in shares.values())
-
-
 @pytest.mark.parametrize("dataset", ["voc", "context", "coco"])
 def test_published_rows_are_all_there_with_their_source(dataset):
-    rows, table = pd.read_csv(ROOT / "results/published.csv"), published(dataset)
+    rows, table = pd.read_csv(ROOT / "results/published.csv"), published_table(dataset)
     rows = rows[(rows["dataset"] == dataset) & rows["metric"].isin(METRICS)]
     assert table[list(METRICS.values())].notna().sum().sum() == len(rows) and table["source"].str.len().gt(5).all()
-    assert {*published(dataset, "inductive")["method"]} == {*rows[rows["setting"] == "inductive"]["method"]}
+    inductive = rows[rows["setting"] == "inductive"]
+    assert {*published_table(dataset, "inductive")["method"]} == {*inductive["method"]}
+
+
+def test_published_numbers_keep_sources_and_notes():
+    columns = ["table", "method", "dataset", "setting", "metric", "value", "source", "note"]
+    rows = [
+        ("t", "A", "voc", "inductive", "hiou", 80.5, "paper", ""),
+        ("t", "A", "voc", "inductive", "pacc", 90.0, "readme", "rounded"),
+        ("t", "A", "coco", "inductive", "hiou", 40.0, "paper", ""),
+        ("e", "A", "voc", "inductive", "fps", 9.0, "readme", ""),
+    ]
+    numbers = pd.DataFrame(rows, columns=columns)
+    (row,) = published_table("voc", numbers=numbers).to_dict("records")
+    assert row["hIoU"] == 80.5 and np.isnan(row["S"]) and len(published_table(numbers=numbers)) == 2
+    assert row["source"] == "paper; readme" and row["note"] == "pAcc: rounded"
+    assert published_table("digits", numbers=numbers).empty and published_table("digits").empty
+
+
+def otseg(capsys, *args):
+    "Exit status and output of the command line."
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as e:
+        status = e.code
+    return status or 0, capsys.readouterr()
 
 
 def test_command_line(capsys, tmp_path):
-    main(
-        [
-            "commands",
-            "t1",
-            "--dataset",
-            "voc",
-            "--settings",
-            "inductive,transductive",
-            "--seeds",
-            "2",
-            "--root",
-            "/data",
-            "--records",
-            str(tmp_path),
-        ]
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(len(runs_of(line)) == 2 for line in lines)
-    main(["missing", "t1", "--dataset", "voc", "--settings", "inductive", "--seeds", "1", "--records", str(tmp_path)])
-    assert capsys.readouterr().out.split() == ["voc0-inductive-softmax-seed0", "voc0-inductive-mpsa-seed0"]
-    with pytest.raises(SystemExit, match="error: .*'zero'"):
-        main(["missing", "t1", "--settings", "zero"])
+    options = ("--dataset", "voc", "--settings", "inductive,transductive", "--seeds", 2, "--records", tmp_path)
+    status, printed = otseg(capsys, "tables", "commands", "t1", *options, "--root", "/data")
+    lines = printed.out.splitlines()
+    assert status == 0 and len(lines) == 4 and all(len(runs_of(line)) == 2 for line in lines)
+    options = ("--dataset", "voc", "--settings", "inductive", "--seeds", 1, "--records", tmp_path)
+    status, printed = otseg(capsys, "tables", "missing", "t1", *options)
+    assert status == 0 and printed.out.split() == ["voc0-inductive-softmax-seed0", "voc0-inductive-mpsa-seed0"]
+    status, printed = otseg(capsys, "tables", "missing", "t1", "--settings", "zero")
+    assert status == 2 and "'zero'" in printed.err
 
 
 TITLES = {title: key for key, title in METRICS.items()}
@@ -261,19 +242,19 @@ def number(record, path, metric):
 
 
 @pytest.mark.parametrize("file", NUMBERS, ids=lambda p: p.stem)
-def test_every_number_is_that_of_its_records(file):
+def test_every_number_is_the_mean_of_its_records(file):
     table = pd.read_csv(
         file, dtype={"path": str, "records": str}, keep_default_na=False, na_values={"mean": "", "sd": ""}
     )
     assert len(table) and (table["mean"].isna() == (table["runs"] == 0)).all()
     for row in table[table["runs"] > 0].itertuples():
-        each = [number(load_or_make_record(record), row.path, row.metric) for record in row.records.split(";")]
+        each = [number(read_record(record, RECORDS), row.path, row.metric) for record in row.records.split(";")]
         assert len(each) == row.runs and np.isclose(np.mean(each), row.mean, atol=1e-4)
         assert len(each) == 1 or np.isclose(np.std(each, ddof=1), row.sd, atol=1e-4)
 
 
 @pytest.mark.parametrize("file", NUMBERS, ids=lambda p: p.stem)
-def test_what_people_read_is_what_was_computed(file):
+def test_the_markdown_has_the_numbers_of_the_csv(file):
     "Each `mean ± sd` of the Markdown is a row of the CSV."
     several = pd.read_csv(file).query("runs > 1")
     there = {
@@ -284,7 +265,7 @@ def test_what_people_read_is_what_was_computed(file):
     assert set(re.findall(r"-?[\d.]+ ± [\d.]+", file.with_suffix(".md").read_text())) <= there
 
 
-def test_every_table_is_looked_at():
-    "What is not from records is published, from a log or from a measurement, and tested beside its notebook."
+def test_every_other_table_is_tested_elsewhere():
+    "Tables without records are published numbers, logs or measurements; the tests of their notebooks check them."
     others = {p.stem for p in (ROOT / "results/tables").glob("*.csv")} - {p.stem for p in NUMBERS}
     assert all(name.endswith("_published") or name.startswith(("t5_efficiency_", "f3_training_")) for name in others)

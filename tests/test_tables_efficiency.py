@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import PATCH, SIDE, D, random_image, small_model
-from test_notebooks import ROOT, TINY, papermill
+from test_notebooks import ROOT, papermill
 from torch import nn
 
 from otseg.bench import flops, random_model
@@ -114,32 +114,6 @@ def test_published_numbers_are_those_of_others():
     )
 
 
-def check_curves(table, records):
-    "Every run has a record, and its last row says the same."
-    assert len(table)
-    for run, log in table.groupby("run"):
-        record = json.loads((records / f"{run}.json").read_text())
-        assert (
-            (log["setting"] == record["setting"]).all()
-            and (log["seed"] == record["seed"]).all()
-            and (log["decoder"] == record["method"]).all()
-        )
-        (final,) = log[log["final"]].to_dict("records")
-        assert final["iteration"] == record["recipe"]["max_iters"]
-        for column in (c for c in table if "." in c):
-            path, metric = column.split(".")
-            value = record["metrics"][path][metric]
-            assert math.isnan(final[column]) if value is None else math.isclose(final[column], value, rel_tol=1e-4), (
-                run,
-                column,
-            )
-
-
-@pytest.mark.parametrize("file", sorted(TABLES.glob("f3_training_*.csv")), ids=lambda p: p.stem)
-def test_curves_end_where_the_records_do(file):
-    check_curves(pd.read_csv(file), RECORDS)
-
-
 # the notebooks
 
 
@@ -166,27 +140,10 @@ def test_efficiency_is_measured_and_read_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_curves_are_kept_when_the_logs_are_gone(tmp_path):
-    tiny = TINY | dict(settings="inductive", seeds=1, val_interval=1, records=tmp_path / "records", workers=0)
-    done, _ = run("f3_training", tmp_path, run_missing=True, runs=tmp_path / "runs", **tiny)
-    assert done.returncode == 0, done.stderr[-3000:]
-    file = tmp_path / "results/tables/f3_training_digits.csv"
-    check_curves(pd.read_csv(file), tmp_path / "records")
-    assert (
-        len(pd.read_csv(file)["run"].unique()) == 2 and (tmp_path / "results/figures/f3_training_digits.png").is_file()
-    )
-    text = file.read_text()
-    done, executed = run("f3_training", tmp_path, runs=tmp_path / "gone", **tiny)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert file.read_text() == text and "2 of 2 runs have a log" in executed.read_text()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, wrong, says",
     [
         ("t5_efficiency", {"repeat": 3}, "unknown parameter repeat"),
-        ("f3_training", {"path": "both"}, "mps, mpsa, ensemble"),
     ],
 )
 def test_a_wrong_parameter_is_refused(tmp_path, name, wrong, says):
