@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers import close
-from test_notebooks import papermill
+from helpers import close, papermill
 
 from otseg.bench import (
     SIZES,

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 import trees
-from helpers import close
-from test_notebooks import papermill
+from helpers import close, papermill
 
 from otseg.cli import main
 from otseg.clip import read_checkpoint

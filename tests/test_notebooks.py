@@ -1,30 +1,9 @@
 """The entry notebooks through papermill, in settings so small that only the plumbing is tested."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-TINY = {"max_iters": 4, "batch": 2, "warmup": 2, "val_interval": 2, "val_images": 1}
-
-
-def papermill(name, folder, /, cwd=ROOT, **parameters):
-    """Run nbs/NAME.ipynb as the README says; the finished process, and the path of the executed notebook."""
-    executed = folder / f"{name}.out.ipynb"
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    args = [a for key, value in parameters.items() for a in ("-p", key, str(value))]
-    done = subprocess.run(
-        [Path(sys.executable).with_name("papermill"), ROOT / f"nbs/{name}.ipynb", executed, "--no-progress-bar", *args],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return done, executed
+from helpers import TINY, papermill
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PATCH, SIDE, D, small_model
+from helpers import PATCH, SIDE, D, papermill, small_model
 from PIL import Image
-from test_notebooks import papermill
 
 import otseg
 from otseg import predict

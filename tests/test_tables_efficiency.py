@@ -6,8 +6,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from helpers import PATCH, SIDE, D, random_image, small_model
-from test_notebooks import ROOT, papermill
+from helpers import PATCH, ROOT, SIDE, D, papermill, random_image, small_model
 from torch import nn
 
 from otseg.bench import flops, random_model
