@@ -64,7 +64,7 @@ WRONG = [
     ("t1_zero_shot", {"splits": 4}, "splits = 4"),
     ("t1_zero_shot", {"attention": "softmax"}, "attention cannot be changed"),
     ("t1_zero_shot", {"batch_size": "two"}, "batch_size = 'two'"),
-    ("t1_zero_shot", {"batch": 2}, "unknown parameter batch"),
+    ("t1_zero_shot", {"batch": 2}, "'batch' is now called 'batch_size'"),
     ("t2_cross_dataset", {"target": "voc"}, "unknown parameter target"),
     ("t2_cross_dataset", {"dataset": "voc"}, "dataset: voc is not one of digits, coco, context"),
     ("t2_cross_dataset", {"settings": "zero"}, "settings: zero"),
