@@ -69,7 +69,7 @@ def scores_by_pair(
         raise ValueError(f"several runs with the same {', '.join(on)}: select one path and setting first")
     return side
 
-
+# %% ../nbs/43_comparisons.ipynb #43c00008
 def paired_difference(
     scores: pd.DataFrame,  # from `run_scores`
     column: str,  # distinguishes variant and base
@@ -113,7 +113,7 @@ def compare_with_base(
             rows.append(dict(zip(by, key)) | asdict(found) | {"verdict": found.verdict, "text": found.text})
     return pd.DataFrame(rows, columns=[*by, *COMPARISON_COLUMNS])
 
-
+# %% ../nbs/43_comparisons.ipynb #43c0000a
 def comparisons_to_wide(
     comparisons: pd.DataFrame,  # from `compare_with_base`
 ) -> pd.DataFrame:  # index: the groups and the variant; columns: the metrics as text
