@@ -101,9 +101,7 @@ def compare_with_base(
     metrics: tuple[str, ...] = ("U", "hIoU"),
     on: tuple[str, ...] = ("seed",),  # columns that identify a pair of runs
     by: tuple[str, ...] = (),  # columns whose groups are compared separately
-) -> (
-    pd.DataFrame
-):  # one row per comparison: by, variant, base, metric, difference, low, high, p, wins, pairs, verdict, text
+) -> pd.DataFrame:  # one row per comparison: the columns `by` and COMPARISON_COLUMNS
     "Compare each value of a column with the base, pair by pair, in each group."
     rows = []
     for key, group in scores.groupby(list(by), sort=False) if by else [((), scores)]:
