@@ -72,7 +72,7 @@ def test_a_row_that_is_not_run_says_why():
     assert row["note"].startswith("not run: ValueError: method = 'magic' is not one of ours, plain, ")
 
 
-def test_a_failed_task_does_not_stop_the_others(monkeypatch):
+def test_a_failed_task_does_not_stop_the_others():
     rows = compare_methods("transport", {"plain": {"m": "many"}, "ours": {}}, repeats=1, p=2, m=8, n=2)
     assert rows[0]["note"].startswith("not run: TypeError") and rows[1]["note"] == "" and rows[1]["median"] > 0
 
@@ -121,7 +121,9 @@ def test_an_unknown_parameter_of_the_notebook(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook(tmp_path):
+def test_the_notebook(tmp_path, monkeypatch):
+    "All tasks, in this process: the tests above start new ones."
+    monkeypatch.setattr("otseg.bench.in_new_process", lambda f, *args, **options: f(*args, **options))
     run_cells("benchmark", sizes="tiny", repeats=1, out=tmp_path)
     rows = list(csv.DictReader((tmp_path / "benchmarks/cpu.csv").open()))
     assert {row["task"] for row in rows} == set(TASKS)
