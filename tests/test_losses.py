@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from helpers import close
 from torchvision.ops import sigmoid_focal_loss
 
-from otseg.images import IGNORE
 from otseg.losses import (
     ALPHA,
+    IGNORE,
     MAX_SLOPE_BY_NODES,
     axis_bands,
     axis_matrix,
