@@ -134,7 +134,7 @@ def test_the_verdict_follows_the_numbers(tmp_path, published_is, nearer):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/efficiency_cpu.json").write_text(json.dumps(record))
     run = run_cells(NOTEBOOK, out=tmp_path)
-    assert run.names["compared"].loc["VOC", "operations"] == nearer
+    assert run.names["compared"].loc["VOC", "nearer operations"] == nearer
     assert any(
         text.startswith("VOC: a window") and f"nearer to the {published_is}" in text for text in run.names["findings"]
     )
