@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .model import OTSeg
 from .tables import check_counts
 from .tasks import OPTIONAL_PACKAGES, SIZES, TASKS
-from .training import imitates_bf16
+from .steps import bf16_is_emulated
 
 # %% ../nbs/46_bench.ipynb #4e5dd9fb
 def flops(
@@ -135,7 +135,7 @@ def why_not(method: str, device: str, dtype: str) -> str:
     "Why a method cannot be measured on this machine; empty: it can."
     if device != "cpu" and not torch.cuda.is_available():
         return "no GPU"
-    if device == "cpu" and dtype == "bf16" and imitates_bf16():
+    if device == "cpu" and dtype == "bf16" and bf16_is_emulated():
         return "this CPU has no instructions for bf16"
     package = OPTIONAL_PACKAGES.get(method)
     return f"{method} is not installed" if package and not importlib.util.find_spec(package) else ""
@@ -228,7 +228,7 @@ def machine(device: str) -> dict:
         "name": processor_name() if on_cpu else torch.cuda.get_device_name() if gpu else "none",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16": not imitates_bf16() if on_cpu else gpu and torch.cuda.is_bf16_supported(),
+        "bf16": not bf16_is_emulated() if on_cpu else gpu and torch.cuda.is_bf16_supported(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": git.stdout.strip(),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .images import fit_size, normalize, open_image
 from .inference import predict_probs
 from .model import OTSeg
-from .models import DEFAULT_CHECKPOINT, is_ours, load_model, official_recipe
+from .models import DEFAULT_CHECKPOINT, is_otseg_checkpoint, load_model, official_recipe
 from .mpsa import PlanScore
 from .recipes import Recipe
 from .text import TEMPLATES, cached_class_embeddings, class_embeddings
@@ -406,6 +406,6 @@ def load(
             f"no checkpoint at {path}: train one (nbs/train.ipynb), or call load() for the shipped small model"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trained = None if is_ours(path) else official_recipe(path)
+    trained = None if is_otseg_checkpoint(path) else official_recipe(path)
     model, recipe, bench = load_model(path, clip_weights=clip_weights, trained=trained)
     return Segmenter(model.to(device), recipe, bench.clip, bench.classes, bench.seen, bench.palette, cache)

@@ -21,7 +21,7 @@ import pandas as pd
 from .checkpoints import project_root, write_json
 from .metrics import METRICS
 from .recipes import SETTINGS, Recipe, differences, resolve, run_name
-from .training import fit, inductive_of
+from .training import fit, inductive_recipe
 
 # %% ../nbs/42_tables.ipynb #544f1c5f
 ONE_REPEATED = {"num_templates": 1, "template_repeats": 6}
@@ -134,7 +134,7 @@ def train_run(
 ) -> dict:
     "Train a run, and first the run that it starts from if its checkpoint is missing. Returns the record of the run."
     if recipe.setting == "transductive":
-        start = inductive_of(recipe)
+        start = inductive_recipe(recipe)
         if not (Path(out) / run_name(start) / "half.safetensors").is_file():
             train_run(start, out, folder, **options)
     record = fit(recipe, Path(out) / run_name(recipe), **options)
@@ -160,7 +160,7 @@ def commands(
 ) -> list[str]:
     "One papermill command per missing run."
     recipes = missing(runs, folder)
-    included = {inductive_of(recipe) for recipe in recipes if recipe.setting == "transductive"}
+    included = {inductive_recipe(recipe) for recipe in recipes if recipe.setting == "transductive"}
     return [run_command(recipe, **parameters) for recipe in recipes if recipe not in included]
 
 # %% ../nbs/42_tables.ipynb #0a5bb006

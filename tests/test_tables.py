@@ -30,7 +30,7 @@ from otseg.tables import (
     train_run,
     write_record,
 )
-from otseg.training import inductive_of
+from otseg.training import inductive_recipe
 
 RECORDS = ROOT / "results/runs"
 DATASETS = sorted({dataset for dataset, _ in RECIPES})
@@ -118,7 +118,7 @@ def test_train_run_trains_the_start_if_its_checkpoint_is_missing(tmp_path, monke
 
     monkeypatch.setattr("otseg.tables.fit", fit)
     recipe = resolve("digits", "transductive", eps=0.1)
-    start = run_name(inductive_of(recipe))
+    start = run_name(inductive_recipe(recipe))
     assert train_run(recipe, tmp_path, records) == read_record(run_name(recipe), records)
     assert done == ["inductive", "transductive"] and read_record(start, records)
     half = tmp_path / start / "half.safetensors"
