@@ -44,3 +44,14 @@ def openai_vit_b_16(tmp_path_factory):
     torch.manual_seed(0)
     save_openai(load_clip("ViT-B-16-quickgelu", None, precision="fp16"), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def few_scenes():
+    "The embedded benchmark with at most 4 scenes of each kind, so that a validation takes a moment."
+    import otseg.digits
+
+    draw = otseg.digits.draw_scenes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(otseg.digits, "draw_scenes", lambda split, size, start=0: draw(split, min(size, 4), start))
+        yield

@@ -359,7 +359,7 @@ def test_conversion_with_other_text(tmp_path, shape, why):
 
 
 def test_from_the_shell(tmp_path):
-    command = [sys.executable, "-m", "otseg.official", checkpoint, tmp_path / "out.safetensors", "--heads", "4"]
+    command = [sys.executable, "-m", "otseg.cli", "convert", checkpoint, tmp_path / "out.safetensors", "--heads", "4"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
@@ -372,10 +372,12 @@ def test_from_the_shell(tmp_path):
 
 def test_the_shell_shows_what_does_not_fit(tmp_path, capsys):
     torch.save({n: v for n, v in state_dict().items() if "prompt_norm" not in n}, tmp_path / "less.pth")
-    with pytest.raises(SystemExit, match="error: 2 tensors do not fit"):
-        main([str(tmp_path / "less.pth"), str(tmp_path / "out.safetensors")])
-    assert "backbone.prompt_norm.bias" in capsys.readouterr().out and not (tmp_path / "out.safetensors").exists()
-    with pytest.raises(SystemExit, match="error: no checkpoint at"):
-        main([str(tmp_path / "absent.pth"), str(tmp_path / "out.safetensors")])
-    with pytest.raises(SystemExit, match="ends in .safetensors"):
-        main([str(checkpoint), str(tmp_path / "out.pth")])
+    convert_to = lambda source, name: main(["convert", str(source), str(tmp_path / name)])
+    assert convert_to(tmp_path / "less.pth", "out.safetensors") == 2
+    out, err = capsys.readouterr()
+    assert "backbone.prompt_norm.bias" in out and "2 tensors do not fit" in err
+    assert not (tmp_path / "out.safetensors").exists()
+    assert convert_to(tmp_path / "absent.pth", "out.safetensors") == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert convert_to(checkpoint, "out.pth") == 2
+    assert "ends in .safetensors" in capsys.readouterr().err
