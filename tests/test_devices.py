@@ -1,4 +1,7 @@
-"""Every device computes what the CPU does, and nothing falls back to it."""
+"""Every device computes the same as the CPU, and nothing runs on the CPU instead; a step never synchronises a GPU.
+
+Comparisons need a GPU and are skipped without one. The meta device, which has shapes but no values, stands for a GPU
+where only the placement of tensors matters."""
 
 from contextlib import nullcontext
 
@@ -7,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from helpers import K, N, close, evaluate, random_image, random_text, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from otseg import kernel, ot
 from otseg.data import UNLABELLED, Benchmark
@@ -17,86 +21,88 @@ from otseg.model import DenseCLIP, OTSeg
 from otseg.mpsa import ATTENTIONS
 from otseg.ot import sinkhorn
 from otseg.recipes import resolve
-from otseg.steps import make_optimizer, pseudo_label
-from otseg.training import Run, step
+from otseg.steps import Trainer, make_optimizer, pseudo_label, training_step
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
-devices = pytest.mark.parametrize("device", DEVICES)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+UNSEEN = (1, 4)
 
 
-def labels(b=2, side=32):
+def random_label(b=2, side=32):
     label = torch.randint(K, (b, side, side), generator=torch.Generator().manual_seed(0))
     label[:, :4] = IGNORE
     return label
 
 
-def forward_and_back(device, attention):
-    "Masks, loss terms and gradients of a training step without dropout, on the CPU for comparison."
+# the GPU computes what the CPU computes
+
+
+def forward_and_backward(device, attention):
+    "Masks, loss terms and gradients without dropout, moved to the CPU."
     model = small_model(attention=attention, dropout=0.0).to(device).train()
     masks = model(random_image().to(device))
-    terms = training_loss(masks, labels().to(device))
+    terms = training_loss(masks, random_label().to(device))
     sum(terms.values()).backward()
-    out = (
-        dict(zip(masks._fields, masks))
-        | terms
-        | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    )
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    out = masks._asdict() | terms | gradients
     assert all(t.device.type == device for t in out.values())
     return {name: t.detach().cpu() for name, t in out.items()}
 
 
-@devices
+@needs_gpu
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_training_step(device, attention):
-    ours, want = forward_and_back(device, attention), forward_and_back("cpu", attention)
-    for name in want:
-        close(ours[name], want[name], 1e-3)
+def test_training(attention):
+    ours, expected = forward_and_backward("cuda", attention), forward_and_backward("cpu", attention)
+    for name in expected:
+        close(ours[name], expected[name], 1e-3)
 
 
-@devices
+@needs_gpu
 @pytest.mark.parametrize("eps", [1e-3, 0.05, 1])
-def test_plan(device, eps):
+def test_plan(eps):
     C = 2 * torch.rand(3, 60, 6, generator=torch.Generator().manual_seed(0))
-    T = sinkhorn(C.to(device), eps=eps)
-    assert T.device.type == device
+    T = sinkhorn(C.cuda(), eps=eps)
+    assert T.device.type == "cuda"
     close(T.cpu(), sinkhorn(C, eps=eps), 1e-4)
 
 
-@devices
-def test_prediction(device):
-    model, image, text = small_model().to(device), random_image(1, 40, 48).to(device), random_text(7, N).to(device)
+@needs_gpu
+def test_prediction():
+    model, image, text = small_model().cuda(), random_image(1, 40, 48).cuda(), random_text(7, N).cuda()
     prob = predict_probs(model, image, seen=(0, 2), size=(50, 60))
-    assert prob.device.type == device and prob.shape == (1, K, 50, 60)
+    assert prob.device.type == "cuda" and prob.shape == (1, K, 50, 60)
     close(prob.cpu(), predict_probs(small_model(), image.cpu(), seen=(0, 2), size=(50, 60)), 1e-4)
-    assert all(pred.device.type == device for pred in predict_paths(model, image).values())
-    assert (
-        model(image, text).mps.device.type == device
-        and model.trainable_state()["descriptor.proj.weight"].device.type == device
-    )
+    assert all(pred.device.type == "cuda" for pred in predict_paths(model, image).values())
+    assert model(image, text).mps.device.type == "cuda"
+    assert model.trainable_state()["descriptor.proj.weight"].device.type == "cuda"
 
 
-@devices
-def test_evaluation(device):
+@needs_gpu
+@pytest.mark.parametrize("kind", [OTSeg, DenseCLIP])
+def test_evaluation(kind):
     "Images and labels come from the CPU."
-    data = [{"image": torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(1)), "label": labels(1, 40)[0]}]
-    for kind in (OTSeg, DenseCLIP):
-        ours, want = (evaluate(small_model(kind).to(d), data, (1, 3, 4)) for d in (device, "cpu"))
-        assert abs(ours["ensemble"]["pacc"] - want["ensemble"]["pacc"]) < 0.01
+    image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(1))
+    data = [{"image": image, "label": random_label(1, 40)[0]}]
+    ours, expected = (evaluate(small_model(kind).to(device), data, (1, 3, 4)) for device in ("cuda", "cpu"))
+    assert abs(ours["ensemble"]["pacc"] - expected["ensemble"]["pacc"]) < 0.01
 
 
-@devices
-def test_labels_and_images(device):
-    label = labels().masked_fill(labels() == 1, UNLABELLED).to(device)
-    filled = pseudo_label(small_model().to(device)(random_image().to(device)), label, (1, 4))
-    assert filled.device.type == device and not (filled == UNLABELLED).any()
-    assert normalize(torch.rand(3, 4, 4, device=device)).device.type == device
+@needs_gpu
+def test_labels_and_images():
+    label = random_label().masked_fill(random_label() == 1, UNLABELLED).cuda()
+    filled = pseudo_label(small_model().cuda()(random_image().cuda()), label, UNSEEN)
+    assert filled.device.type == "cuda" and not (filled == UNLABELLED).any()
+    assert normalize(torch.rand(3, 4, 4, device="cuda")).device.type == "cuda"
 
 
-class NoTensorOf(TorchDispatchMode):
-    "Fails where an operation makes a tensor on a device."
+# nothing is computed on another device
+
+
+def device_types(x) -> set[str]:
+    return {t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor)}
+
+
+class NoTensorOn(TorchDispatchMode):
+    "Fails if an operation returns a tensor on a device."
 
     def __init__(self, device):
         super().__init__()
@@ -104,87 +110,74 @@ class NoTensorOf(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            assert not isinstance(t, torch.Tensor) or t.device.type != self.device, (
-                f"{func} makes a tensor on {self.device}"
-            )
+        assert self.device not in device_types(out), f"{func} makes a tensor on {self.device}"
         return out
 
 
-def test_no_tensor_of_another_device():
-    "The meta device stands for any but the CPU, on which nothing is made. (The transport reads values, so not for it.)"
+def test_no_tensor_on_another_device():
+    "Softmax attention only: the transport solver reads values, which the meta device does not have."
     model, image = small_model(attention="softmax").to("meta"), random_image(2, 40, 48).to("meta")
-    with NoTensorOf("cpu"):
+    with NoTensorOn("cpu"):
         f = model.encoder(image)
         masks = model.decoder(model.descriptor(f.cls, model.text), f.patches)
         masks.sum().backward()
     assert masks.device.type == "meta" and masks.shape == (2, K, 30)
 
 
-# a training step asks the device nothing
+# a training step never synchronises
 
 
-def a_run(device, setting, attention="mpsa", per_device=2):
-    "A run of the small model on a device, and a batch for it."
-    recipe, unseen = resolve("digits", setting, batch_size=4, attention=attention), (1, 4)
+def small_trainer(device, setting, attention="mpsa", per_device=2):
+    "A trainer of the small model on a device, and a batch for it."
+    recipe = resolve("digits", setting, batch_size=4, attention=attention)
     model = small_model(attention=attention).to(device)
-    text = model.text[[0, 2, 3]] if setting == "inductive" else model.text
-    run = Run(
-        recipe,
-        Benchmark("test", tuple("abcde"), unseen, None, None),
-        None,
-        Accelerator(cpu=device != "cuda"),
-        model,
-        model,
-        make_optimizer(model, recipe),
-        None,
-        None,
-        per_device,
-        0,
-        False,
-        text,
-        torch.tensor(unseen).to(device),
+    inductive = setting == "inductive"
+    text = model.text[[0, 2, 3]] if inductive else model.text
+    trainer = Trainer(
+        recipe=recipe,
+        bench=Benchmark("test", tuple("abcde"), UNSEEN, None, None),
+        accelerator=Accelerator(cpu=device != "cuda"),
+        model=model,
+        net=model,
+        opt=make_optimizer(model, recipe),
+        text=text,
+        unseen=torch.tensor(UNSEEN).to(device),
+        per_device=per_device,
     )
-    label = torch.cat([labels(4), torch.full((4, 2, 32), UNLABELLED)], 1) % (
-        len(text) if setting == "inductive" else 256
-    )
+    label = torch.cat([random_label(4), torch.full((4, 2, 32), UNLABELLED)], 1) % (len(text) if inductive else 256)
     present_labels = torch.stack([t.flatten().bincount(minlength=256) > 0 for t in label])
-    return run, {
-        "image": random_image(4, 34).to(device)[..., :32, :],
-        "label": label[:, :32].to(device),
-        "present_labels": present_labels,
-    }
+    image = random_image(4, 34).to(device)[..., :32, :]
+    return trainer, {"image": image, "label": label[:, :32].to(device), "present_labels": present_labels}
 
 
 class NoTransfer(TorchDispatchMode):
-    "Fails where numbers go from the CPU to a device or back, as they do for `.item()`, `if`, and copies."
+    "Fails if an operation copies values between the CPU and a device, as `.item()`, `if` and `.to` do."
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        of = lambda x: {t.device.type for t in torch.utils._pytree.tree_leaves(x) if isinstance(t, torch.Tensor)}
-        before, after = of((args, kwargs)), of(out)
+        before, after = device_types((args, kwargs)), device_types(out)
         assert not before or after <= before, f"{func} makes a tensor on {after} of one on {before}"
         assert func is not torch.ops.aten.copy_.default or len(before) == 1, f"{func} copies between {before}"
         return out
 
 
-def test_no_transfer_is_noticed():
-    "Questions are refused by the meta device, copies by the mode."
+def test_no_transfer_detects_transfers():
+    "The meta device itself refuses to give values; the mode refuses copies."
     x = torch.empty(3, device="meta")
     copies = {lambda: torch.zeros(3).to("meta"): "makes a tensor on", lambda: x.copy_(torch.zeros(3)): "copies between"}
     for copy in copies:
         copy()
     with NoTransfer():
         (x * torch.tensor(2.0)).softmax(0)
-        for ask in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero()):
+        for read_value in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero()):
             with pytest.raises(RuntimeError, match="meta"):
-                ask()
+                read_value()
         for copy, says in copies.items():
             with pytest.raises(AssertionError, match=says):
                 copy()
 
 
-steps = pytest.mark.parametrize(
+variants = pytest.mark.parametrize(
     "setting, attention, per_device",
     [
         ("inductive", "mpsa", 4),
@@ -193,34 +186,35 @@ steps = pytest.mark.parametrize(
         ("transductive", "softmax", 4),
     ],
 )
+PLANS_PER_FORWARD = {"mpsa": 4, "uniform": 1, "softmax": 1}  # of the small model: one of MPS, three decoder layers
 
 
-@steps
-def test_a_step_does_not_wait(monkeypatch, setting, attention, per_device):
-    "The meta device stands for a GPU: it has no values that somebody could ask for. The kernels' shape rules stand for the kernels."
+@variants
+def test_a_step_does_not_synchronise(monkeypatch, setting, attention, per_device):
+    "On the meta device, with the rules by which a GPU decides for the kernels. All convergence checks are deferred."
     pytest.importorskip("triton")
     monkeypatch.setattr(ot, "kernel_fits", kernel.fits)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown there
-    run, batch = a_run("meta", setting, attention, per_device)
-    with ot.defer_convergence_checks() as verdicts:
-        step(run, batch, 0)  # what is made once is made
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device does not support it
+    trainer, batch = small_trainer("meta", setting, attention, per_device)
+    with ot.defer_convergence_checks() as report:
+        training_step(trainer, batch, 0)  # fills caches, which may copy
         with monkeypatch.context() as m, NoTransfer():
-            m.setattr(torch, "tensor", None)  # of Python's numbers: a copy, which the meta device leaves out
-            total = step(run, batch, 1)
-        assert len(verdicts.found) == {"mpsa": 4, "uniform": 1, "softmax": 1}[attention] * (4 // per_device) * 2
-        verdicts.found.clear()
+            m.setattr(torch, "tensor", None)  # a tensor of Python numbers is a copy that the meta device does not show
+            total = training_step(trainer, batch, 1)
+        assert len(report.found) == PLANS_PER_FORWARD[attention] * (4 // per_device) * 2
+        report.found.clear()
     assert total.device.type == "meta" and total.shape == (4,)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@steps
-def test_a_step_on_a_gpu_does_not_wait(setting, attention, per_device):
-    run, batch = a_run("cuda", setting, attention, per_device)
+@needs_gpu
+@variants
+def test_a_step_on_a_gpu_does_not_synchronise(setting, attention, per_device):
+    trainer, batch = small_trainer("cuda", setting, attention, per_device)
     with ot.defer_convergence_checks():
-        step(run, batch, 0)
+        training_step(trainer, batch, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            total = step(run, batch, 1)
+            total = training_step(trainer, batch, 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert total.isfinite().all()
