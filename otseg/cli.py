@@ -98,8 +98,12 @@ def check(
     sample: Annotated[int, typer.Option(help="Images of each split to open; 0: all.")] = 100,
 ):
     "Check a dataset on disk."
+    from otseg.benchmarks import DATASETS
     from otseg.folders import check as check_dataset
 
+    on_disk = [name for name in DATASETS if name != "digits"]
+    if dataset not in on_disk:
+        raise ValueError(f"dataset = {dataset!r} is not one of {', '.join(on_disk)}")
     found, problems = check_dataset(dataset, root, sample, progress=True)
     verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "all is well"
     print(*found, *(f"PROBLEM {line}" for line in problems), verdict, sep="\n")

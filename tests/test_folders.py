@@ -292,7 +292,7 @@ def test_check_from_the_shell(forest, tmp_path):
     assert (
         bad.returncode == 1 and "PROBLEM no dataset 'voc': looked for" in bad.stdout and "Traceback" not in bad.stderr
     )
-    assert main(["check", "cocoa"]) == 1
+    assert main(["check", "cocoa"]) == 2
 
 
 # the pipelines, against their numbers
