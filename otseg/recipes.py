@@ -10,6 +10,7 @@ __all__ = ['Count', 'NonNegative', 'Fraction', 'SETTINGS', 'DATASET_RECIPES', 'R
 # %% ../nbs/20_recipes.ipynb #c99de42d
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Literal
 
@@ -23,7 +24,7 @@ from .text import TEMPLATES
 
 # %% ../nbs/20_recipes.ipynb #175c8f66
 def one_of(choices) -> AfterValidator:
-    "Validator that accepts the keys of a registry, including keys that are added to it later."
+    "Validator that accepts the keys of a registry. Keys may be added to the registry later."
 
     def check(value):
         if value not in choices:
@@ -52,7 +53,7 @@ class Recipe:
     split: NonNegative = 0
     "Which choice of unseen classes, for benchmarks that have several."
     unseen: str = ""
-    "Names of the unseen classes, comma-separated. Empty: the dataset's own choice."
+    "Names of the unseen classes, comma-separated. Empty: the default of the dataset."
     seed: NonNegative = 0
     "Seed of initialisation, image order, crops and dropout."
 
@@ -65,17 +66,17 @@ class Recipe:
     eps: Annotated[float, Field(gt=0)] = 0.05
     "Entropic regularisation of both paths."
     plan: Annotated[str, one_of(PLANS)] = "sinkhorn"
-    "Plan of both paths: sinkhorn keeps both marginals, softmax_prompts the pixels' alone, softmax_pixels the prompts' alone."
+    "Plan of both paths: sinkhorn (both marginals), softmax_prompts (that of pixels), softmax_pixels (that of prompts)."
     visual_prompts: Annotated[int, Field(ge=0, le=10_000)] = 10
-    "Learned tokens in each block of the image encoder."
+    "Number of learned tokens in each block of the image encoder."
     num_templates: Annotated[int, Field(ge=1, le=len(TEMPLATES))] = 8
     "Number of different prompt templates per class: the first ones of otseg.text.TEMPLATES."
     template_repeats: Annotated[int, Field(ge=1, le=100)] = 1
-    "How often each template is repeated; n = num_templates * template_repeats."
+    "Number of copies of each template; n = num_templates * template_repeats."
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     "Dropout on visual prompts and in the decoder."
     init_from_clip: bool = False
-    "Initialise descriptor and decoder so that they compute CLIP's cosines, instead of at random."
+    "Initialise descriptor and decoder to compute CLIP's cosines, instead of at random."
 
     max_iters: Count = 20_000
     "Optimiser steps."
@@ -103,15 +104,15 @@ class Recipe:
     stride: Count = 426
     "Stride of the sliding window, pixels."
     normalization: Annotated[str, one_of(NORMALIZATIONS)] = "imagenet"
-    "Whose channel means and standard deviations normalise the images: imagenet or clip."
+    "Channel means and standard deviations that normalise the images: imagenet or clip."
     train_short_side: NonNegative = 512
     "Short side of the box that a training image is resized to fit, pixels. 0: no resizing."
     train_long_side: NonNegative = 2048
     "Long side of that box, pixels."
     min_scale: Annotated[float, Field(ge=0)] = 0.5
-    "Smallest random multiple of that box."
+    "Smallest random factor of that box."
     max_scale: Annotated[float, Field(ge=0)] = 2.0
-    "Largest random multiple of that box."
+    "Largest random factor of that box."
     flip_prob: Fraction = 0.5
     "Probability of a horizontal flip in training."
     photometric: bool = True
@@ -122,7 +123,7 @@ class Recipe:
     "Long side of that box, pixels. 0: no limit."
 
     calibration: float = 0.0
-    "Probability that is subtracted from seen classes at inference."
+    "Constant that is subtracted from the probabilities of seen classes at inference."
     val_interval: Count = 2000
     "Iterations between validations."
     val_images: Count = 200
@@ -130,7 +131,7 @@ class Recipe:
 
     @model_validator(mode="after")
     def check_pairs(self):
-        "Check the limits that depend on two fields."
+        "Check limits that depend on two fields. Raises ValueError: if two fields contradict each other."
         if self.stride > self.image_size:
             raise ValueError(
                 f"stride = {self.stride} must be at most image_size = {self.image_size}, or the windows leave gaps"
@@ -178,13 +179,13 @@ DATASET_RECIPES = {
 
 # %% ../nbs/20_recipes.ipynb #169fd408
 def setting_recipe(dataset: str, setting: str, max_iters: int) -> dict:
-    "Fields that a setting changes in the recipe of a dataset, which takes `max_iters` steps."
+    "Fields that a setting changes in the recipe of a dataset; `max_iters` is the recipe's number of steps."
     if setting == "inductive":
         return dict(calibration=0.1)
     if setting == "fully_supervised":
         return {}
-    own = {"digits": dict(lr=5e-4), "context": dict(stride=420)}.get(dataset, {})
-    return dict(max_iters=max_iters // 2) | own
+    transductive = {"digits": dict(lr=5e-4), "context": dict(stride=420)}
+    return dict(max_iters=max_iters // 2) | transductive.get(dataset, {})
 
 
 def default_recipe(dataset: str, setting: str) -> Recipe:
@@ -221,7 +222,7 @@ RENAMED_PLANS = {"both": "sinkhorn", "pixels": "softmax_prompts", "prompts": "so
 def upgrade_fields(
     settings: dict,  # fields of a recipe under their present or former names
 ) -> dict:
-    "The same fields under their present names."
+    "Rename former fields, and translate the former values of `marginals`."
     new = {RENAMED_FIELDS.get(name, name): value for name, value in settings.items()}
     if "marginals" in settings:
         new["plan"] = RENAMED_PLANS.get(new["plan"], new["plan"])
@@ -232,7 +233,7 @@ FIELDS = tuple(f.name for f in fields(Recipe))
 
 
 def unknown_field(name: str) -> ValueError:
-    "The error for a name that no field of a recipe has."
+    "Error for a name that is not a field of a recipe."
     if name in RENAMED_FIELDS:
         return ValueError(f"{name!r} is now called {RENAMED_FIELDS[name]!r}")
     return ValueError(f"a recipe has no field {name!r}; it has {', '.join(FIELDS)}")
@@ -242,7 +243,7 @@ def change(
     recipe: Recipe,
     **changes,  # fields of Recipe to change
 ) -> Recipe:
-    "A copy of a recipe with changes. Raises ValueError for an unknown field, a wrong type, or a value outside its limits."
+    "Copy a recipe with changes. Raises ValueError: for an unknown field, a wrong type, or a value outside its limits."
     for name in changes:
         if name not in FIELDS:
             raise unknown_field(name)
@@ -260,7 +261,7 @@ def resolve(
     setting: str = "inductive",  # one of SETTINGS
     **changes,  # fields of Recipe to change
 ) -> Recipe:
-    "The recipe of a dataset and setting, with changes. Raises ValueError as `change` does, or if there is no such recipe."
+    "Recipe of a dataset and setting, with changes. Raises ValueError: if it does not exist, and as `change` does."
     if (dataset, setting) not in RECIPES:
         known = ", ".join(" / ".join(key) for key in RECIPES)
         raise ValueError(f"no recipe for dataset = {dataset!r}, setting = {setting!r}; there is {known}")
@@ -270,9 +271,10 @@ def resolve(
 def check_parameters(
     namespace: dict,  # the notebook's globals()
     before: set[str],  # names that existed before its parameters cell
-    known: tuple[str, ...],  # the notebook's parameters
+    known: Iterable[str],  # the notebook's parameters
 ):
-    "Refuse parameters that a notebook does not take. Raises ValueError with those that it takes."
+    "Check the parameters of a notebook. Raises ValueError: for an unknown one, with the list of all parameters."
+    known = tuple(known)
     new = {name for name in namespace if name not in before and not name.startswith("_") and name != "before"}
     if wrong := sorted(new - set(known)):
         renamed = "".join(
@@ -284,12 +286,12 @@ def check_parameters(
 def recipe_changes(
     namespace: dict,  # the notebook's globals()
     before: set[str],  # names that existed before its parameters cell
-    entry: tuple[str, ...],  # the notebook's own parameters, beside the fields of Recipe
+    entry: Iterable[str],  # the notebook's own parameters, besides the fields of Recipe
 ) -> dict:
-    "Fields of Recipe that a notebook's parameters change; None means unchanged. Raises ValueError for an unknown name."
-    own = tuple(name for name in FIELDS if name not in ("dataset", "setting"))
-    check_parameters(namespace, before, entry + own)
-    return {name: namespace[name] for name in own if namespace.get(name) is not None}
+    "Fields of Recipe that parameters change; None means unchanged. Raises ValueError: for an unknown parameter."
+    changeable = [name for name in FIELDS if name not in ("dataset", "setting")]
+    check_parameters(namespace, before, (*entry, *changeable))
+    return {name: namespace[name] for name in changeable if namespace.get(name) is not None}
 
 # %% ../nbs/20_recipes.ipynb #c7950eb7
 def differences(recipe: Recipe) -> dict:
@@ -299,7 +301,7 @@ def differences(recipe: Recipe) -> dict:
 
 
 def run_name(recipe: Recipe) -> str:
-    "Name of a run: dataset and split, setting, attention, seed, and a digest of all other differences from the default."
+    "Name of a run: dataset, split, setting, attention, seed, and a digest of all other differences from the default."
     spelled_out = ("dataset", "split", "setting", "attention", "seed")
     changes = {name: value for name, value in differences(recipe).items() if name not in spelled_out}
     digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
