@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'SINKHORN_FALLBACK_RATIO', 'MAX_EXPONENT', 'EPS_FACTOR', 'LEVEL_TOL', 'MARGINAL_TOL_RATIO', 'CHUNK_NUMBERS',
-           'KERNEL_CONSTANTS', 'CONVERGENCE_REPORT', 'PLANS', 'sinkhorn_loop', 'dual_hessian', 'dual_step',
-           'for_each_chunk', 'shifted_logits', 'row_softmax', 'gram_matrix', 'plan_from_scaling', 'count_eps_levels',
-           'solve_plan', 'gradient_sums', 'plan_gradient', 'kernel_fits', 'choose_solver', 'EntropicPlan',
-           'ConvergenceReport', 'defer_convergence_checks', 'report_convergence', 'expand_marginal', 'expand_marginals',
-           'sinkhorn', 'softmax_over_prompts', 'softmax_over_pixels']
+           'NO_FLOAT64', 'KERNEL_CONSTANTS', 'CONVERGENCE_REPORT', 'PLANS', 'sinkhorn_loop', 'dual_hessian',
+           'dual_step', 'for_each_chunk', 'shifted_logits', 'row_softmax', 'gram_matrix', 'plan_from_scaling',
+           'count_eps_levels', 'exact_float32_products', 'solve_plan', 'gradient_sums', 'plan_gradient', 'on_cpu',
+           'kernel_fits', 'choose_solver', 'EntropicPlan', 'ConvergenceReport', 'defer_convergence_checks',
+           'report_convergence', 'expand_marginal', 'expand_marginals', 'sinkhorn', 'softmax_over_prompts',
+           'softmax_over_pixels']
 
 # %% ../nbs/00_ot.ipynb #7d504b71
 import math
@@ -115,8 +116,32 @@ def count_eps_levels(logits: Tensor, eps: float) -> int:
         spread = -logits.nan_to_num(neginf=0).amin().item()
     return math.ceil(math.log(spread / (MAX_EXPONENT * eps), EPS_FACTOR)) if spread > MAX_EXPONENT * eps else 0
 
+# %% ../nbs/00_ot.ipynb #60d445db
+@contextmanager
+def exact_float32_products() -> Iterator[None]:
+    "Compute float32 matrix products in float32 in this block, whatever TF32 or bf16 modes are allowed."
+    try:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        restore = partial(torch.set_float32_matmul_precision, before)
+    except RuntimeError:  # the user set the newer fp32_precision flags
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        flags = [(backend, backend.fp32_precision) for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+
+        def restore():
+            for backend, value in flags:
+                backend.fp32_precision = value
+
+    try:
+        yield
+    finally:
+        restore()
+
 # %% ../nbs/00_ot.ipynb #ab42e8d8
 @torch.compiler.disable  # its control flow depends on values
+@exact_float32_products()
 def solve_plan(
     C: Tensor,  # costs (p, n, m)
     mu: Tensor,  # pixel marginals (p, m)
@@ -166,6 +191,7 @@ def gradient_sums(T: Tensor, grad: Tensor, Q: Tensor, B: Tensor, mean_grad: Tens
     torch.mul(W.sum(1), inv_mu, out=mean_grad)
 
 # %% ../nbs/00_ot.ipynb #f0a10c29
+@exact_float32_products()
 def plan_gradient(
     T: Tensor,  # plans (p, n, m)
     grad: Tensor,  # their gradients (p, n, m)
@@ -184,6 +210,19 @@ def plan_gradient(
 
     for_each_chunk(write_gradients, T, grad, v, mean_grad, inv_mu, u, grad_C)
     return grad_C, u, v
+
+# %% ../nbs/00_ot.ipynb #5d49673c
+NO_FLOAT64 = ("mps",)  # types of devices without float64
+
+
+def on_cpu(f: Callable) -> Callable:
+    "Function that calls f on the CPU and moves the tensors that it returns back to the device of its first argument."
+
+    def call(*args):
+        out = f(*(a.cpu() if isinstance(a, Tensor) else a for a in args))
+        return tuple(t.to(args[0].device) for t in out)
+
+    return call
 
 # %% ../nbs/00_ot.ipynb #1a2d5bb0
 KERNEL_CONSTANTS = {
@@ -207,6 +246,8 @@ def kernel_fits(C: Tensor) -> bool:
 
 def choose_solver(C: Tensor) -> tuple[Callable, Callable]:
     "Solver and gradient for costs or plans (p, n, m): the fused kernels if they fit, else the tensor code."
+    if C.device.type in NO_FLOAT64:
+        return on_cpu(solve_plan), on_cpu(plan_gradient)
     if not kernel_fits(C):
         return solve_plan, plan_gradient
     from otseg.kernel import gradient_fused, solve_fused
