@@ -253,7 +253,7 @@ def parity(report, device, sizes):
 
 def tests(report, device, sizes):
     """The tests that use a GPU."""
-    files = [f"tests/{name}.py" for name in ("test_kernel", "test_ot", "test_devices", "test_losses")]
+    files = [f"tests/{name}.py" for name in ("test_devices", "test_kernel", "test_precision", "test_ot")]
     command = [
         sys.executable,
         "-m",
@@ -263,6 +263,8 @@ def tests(report, device, sizes):
         "-p",
         "no:cacheprovider",
     ]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(sizes["test_processes"])]
     chosen = ["-k", sizes["tests"]] if sizes["tests"] else []
     files = [f for f in files if (ROOT / f).exists()]
     done = subprocess.run([*command, *chosen, *files], cwd=ROOT, capture_output=True, text=True)
@@ -410,8 +412,12 @@ def step(report, device, sizes):
             if device == "cuda":
                 values["synchronisations"] = count_synchronisations(run)
                 if not compiled:
-                    values |= shares(run)
+                    values |= kernel_shares(run)
+            loss = measure_losses(trainer, data, device, sizes["step_repeats"], mixed)
+            values |= {"losses_ms": loss, "share_losses": 100 * loss / values["ms"]}
             report.row(what, dataset=dataset, batch=batch, precision=name, compiled=compiled, **values)
+            if device == "cuda" and name == "bf16" and not compiled and batch == sizes["batches"][-1]:
+                report.row(f"slowest kernels of {what}", **slowest_kernels(run))
         if device == "cuda":
             torch.cuda.empty_cache()
 
@@ -421,11 +427,49 @@ def step(report, device, sizes):
         for name in ("bf16", "tf32", "float32"):
             if (batch, name) != (sizes["batches"][-1], "bf16"):
                 one(first, batch, name)
-    one(first, sizes["batches"][-1], "bf16", compiled=sizes["compile"])
+    if sizes["compile"]:
+        one(first, sizes["batches"][-1], "bf16", compiled=True)
     for dataset in others:
         for batch in sizes["batches"]:
             one(dataset, batch, "bf16")
     torch.set_float32_matmul_precision("highest")
+    for batch in sizes["batches"]:
+        plain_step(report, device, batch, sizes, first)
+
+
+def plain_step(report, device, batch, sizes, dataset):
+    """The same step in plain PyTorch: unrolled Sinkhorn, a loss at full size, unfused blocks."""
+    import torch
+
+    from otseg.tasks import step_task
+
+    tower = "ViT-B/16" if device == "cuda" else "tiny"
+    for method in ("plain", "ours"):
+        what = f"{dataset}, batch {batch}, bf16, {method} without the trainer"
+        with noted(report, what):
+            task = step_task(method, device, b=batch, tower=tower, dtype="bf16", **sizes["step"][dataset])
+            values = measure(task.run, device, sizes["step_repeats"])
+            report.row(what, dataset=dataset, batch=batch, precision="bf16", method=method, **values)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_losses(trainer, data, device, repeats, mixed):
+    """Milliseconds of the losses of a step alone, forward and backward."""
+    import torch
+
+    from otseg.losses import training_loss
+    from otseg.model import Masks
+
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed == "bf16"):
+        masks = trainer.model(data["image"], trainer.text)
+    masks = Masks(*(t.detach().requires_grad_() for t in masks))
+    bound = int(data["present_labels"].sum())
+
+    def run():
+        sum(training_loss(masks, data["label"], max_present=bound).values()).backward()
+
+    return measure(run, device, repeats)["ms"]
 
 
 def count_synchronisations(run):
@@ -444,14 +488,19 @@ def count_synchronisations(run):
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def shares(run):
-    """Share of the kernels' time by kind of kernel, in percent."""
+def kernel_times(run):
+    """Milliseconds of each CUDA kernel in a run, by name."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         run()
         torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / 1000 for e in prof.key_averages() if e.self_device_time_total}
+
+
+def kernel_shares(run):
+    """Milliseconds that the GPU works in a run, and the share of each kind of kernel in percent."""
     kinds = {
         "transport": r"plan_kernel|gradient_kernel",
         "attention": r"flash|fmha|attention|softmax",
@@ -459,11 +508,16 @@ def shares(run):
         "memory": r"[Mm]emcpy|[Mm]emset",
     }
     total = dict.fromkeys([*kinds, "other"], 0.0)
-    for event in prof.key_averages():
-        kind = next((k for k, pattern in kinds.items() if re.search(pattern, event.key)), "other")
-        total[kind] += getattr(event, "self_device_time_total", 0.0)
-    everything = sum(total.values()) or 1
-    return {f"share_{kind}": 100 * t / everything for kind, t in total.items()}
+    for name, ms in kernel_times(run).items():
+        total[next((k for k, pattern in kinds.items() if re.search(pattern, name)), "other")] += ms
+    busy = sum(total.values())
+    return {"kernels_ms": busy} | {f"share_{kind}": 100 * ms / (busy or 1) for kind, ms in total.items()}
+
+
+def slowest_kernels(run, count=12):
+    """Milliseconds of the slowest kernels of a run, in one sentence."""
+    times = sorted(kernel_times(run).items(), key=lambda item: -item[1])[:count]
+    return {"kernels": "; ".join(f"{name[:90]} {ms:.2f} ms" for name, ms in times)}
 
 
 def inference(report, device, sizes):
@@ -581,6 +635,7 @@ SIZES = {
         compile=True,
         tower=VIT,
         tests="",
+        test_processes=8,
         step={
             "COCO-Stuff": dict(k=156, n=8, visual_prompts=100, side=512),
             "Context": dict(k=49, n=8, visual_prompts=10, side=480),
@@ -609,6 +664,7 @@ SIZES = {
         compile=False,
         tower=SMALL,
         tests="not kernel",
+        test_processes=2,
         step={
             "COCO-Stuff": dict(k=6, n=3, visual_prompts=4, side=64),
             "VOC": dict(k=4, n=2, visual_prompts=2, side=64),
