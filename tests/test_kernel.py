@@ -81,7 +81,7 @@ def test_layout_and_dtypes(fused):
     assert sinkhorn(C[:0]).shape == (0, 12, 3)
 
 
-@pytest.mark.parametrize("n, m, fit", [(8, 2048, True), (8, 2049, False), (16, 1024, True), (17, 40, False)])
+@pytest.mark.parametrize("n, m, fit", [(8, 5000, True), (16, 1024, True), (17, 40, False)])
 def test_size_limits(n, m, fit):
     assert fits(torch.empty(1, n, m)) == fit and not fits(torch.empty(1, n, m, dtype=torch.float64))
 
@@ -143,7 +143,7 @@ def kind(name):
     return "i32" if name in integers else "fp32" if name in numbers else "constexpr"
 
 one, several = {"EPS_LEVELS": False}, {"EPS_LEVELS": True}
-for M, N, warps in ((1024, 4, 4), (1, 1, 1)):  # 4 prompts: compiling takes as long as the elimination is long
+for M, N, warps in ((128, 4, 1), (1, 1, 1)):  # 4 prompts: compiling takes as long as the elimination is long
     for kernel, more in ((plan_kernel, one), (plan_kernel, several), (gradient_kernel, {})):
         names, values = kernel.arg_names, constants | more | {"M": M, "N": N}
         constexprs = {(i,): values[name] for i, name in enumerate(names) if kind(name) == "constexpr"}
