@@ -15,7 +15,7 @@ try:
 except ImportError:  # Triton does not exist for this platform: `fits` returns False
     triton = None
 
-# %% ../nbs/41_kernel.ipynb #6dd22e77
+# %% ../nbs/41_kernel.ipynb #ef54642f
 if triton:
 
     @triton.jit
@@ -181,7 +181,7 @@ if triton:
         tl.debug_barrier()  # the threads see what the others wrote
         return tl.max(largest, 0)
 
-# %% ../nbs/41_kernel.ipynb #4f6d2541
+# %% ../nbs/41_kernel.ipynb #42bf09e1
 if triton:
 
     @triton.jit(do_not_specialize=["m", "n"])
@@ -295,7 +295,7 @@ if triton:
 # %% ../nbs/41_kernel.ipynb #b1a10c07
 MAX_PROMPTS = 16
 SUMS_PER_THREAD = 64
-NUM_WARPS = 1
+NUM_WARPS = 2
 
 
 def fits(C: Tensor) -> bool:

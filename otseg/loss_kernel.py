@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_NUMBERS', 'ROWS', 'COLUMNS', 'NUM_WARPS', 'fits', 'launch', 'fused_mask_losses']
 
-# %% ../nbs/40_loss_kernel.ipynb #acb34683
+# %% ../nbs/40_loss_kernel.ipynb #5ee29bbb
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +19,7 @@ try:
 except ImportError:  # Triton does not exist for this platform: `fits` returns False
     triton = None
 
-# %% ../nbs/40_loss_kernel.ipynb #d594708f
+# %% ../nbs/40_loss_kernel.ipynb #d1d10606
 if triton:
 
     @triton.jit
@@ -42,7 +42,7 @@ if triton:
         c = tl.load(at + tl.minimum(left + 1, w - 1), mask=inside, other=0.0)
         return (1.0 - part) * a + part * c
 
-# %% ../nbs/40_loss_kernel.ipynb #93400826
+# %% ../nbs/40_loss_kernel.ipynb #1b19b35b
 if triton:
 
     @triton.jit
@@ -136,10 +136,10 @@ if triton:
             tl.store(at + 2 * chosen * strips, tl.sum(py_sum, 0))
             tl.store(at + 3 * chosen * strips, tl.sum(y_sum, 0))
 
-# %% ../nbs/40_loss_kernel.ipynb #7a760c1c
+# %% ../nbs/40_loss_kernel.ipynb #d898c744
 GROUP_NUMBERS = 2**26  # numbers of a gradient at full width: 256 MB of float32
-ROWS, COLUMNS = 16, 64  # of a tile
-NUM_WARPS = 2
+ROWS, COLUMNS = 8, 64  # of a tile
+NUM_WARPS = 1
 
 
 def fits(logits: Tensor) -> bool:

@@ -131,7 +131,7 @@ def kernels(report, device, sizes):
     """The Triton kernels, forward and backward, against the float64 tensor code."""
     import torch
 
-    from otseg import kernel, ot
+    from otseg import kernel, loss_kernel, ot
 
     def compare(what, C, mu=None, nu=None, eps=0.05):
         p, n, m = C.shape
@@ -187,11 +187,42 @@ def kernels(report, device, sizes):
     with noted(report, "empty"):
         shapes = [list(ot.sinkhorn(torch.empty(s, device=device)).shape) for s in ((0, 8, 3), (2, 0, 3))]
         report.row("empty", ok=shapes == [[0, 8, 3], [2, 0, 3]])
+    with noted(report, "losses"):
+        compare_losses(report, device, sizes)
     if device == "cuda":
-        for name in ("plan_kernel", "gradient_kernel"):
-            with noted(report, f"registers of {name}"):
-                for compiled in compiled_kernels(getattr(kernel, name)):
-                    report.row(f"registers of {name}", registers=compiled.n_regs, spills=compiled.n_spills)
+        jit_functions = {"plan": kernel.plan_kernel, "gradient": kernel.gradient_kernel}
+        for name, function in (jit_functions | {"mask loss": loss_kernel.mask_loss_kernel}).items():
+            with noted(report, f"registers of the {name} kernel"):
+                for compiled in compiled_kernels(function):
+                    report.row(f"registers of the {name} kernel", registers=compiled.n_regs, spills=compiled.n_spills)
+
+
+def compare_losses(report, device, sizes):
+    """Losses of the kernel and their gradients against float64 tensor code."""
+    import torch
+
+    from otseg import loss_kernel, losses
+
+    b, k, side, patch = sizes["loss_images"], sizes["loss_classes"], sizes["loss_side"], 16
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(b, k, side // patch, side // patch, generator=g)
+    label = torch.randint(0, min(k, 12), (b, side, side), generator=g)
+    label[:, : side // 8] = losses.IGNORE
+    fits, found = losses.kernel_fits, []
+    try:
+        losses.kernel_fits = loss_kernel.fits  # in the interpreter too
+        for dtype in (torch.float32, torch.float64):
+            x = logits.to(device, dtype).requires_grad_()
+            loss = losses.mask_loss(x, label.to(device))
+            found.append({n: (v.detach(), torch.autograd.grad(v, x, retain_graph=True)[0]) for n, v in loss.items()})
+    finally:
+        losses.kernel_fits = fits
+    errors = {}
+    for name, (value, grad) in found[1].items():
+        ours, our_grad = found[0][name]
+        errors |= {f"error_{name}": float((ours - value).abs() / value.abs())}
+        errors |= {f"error_grad_{name}": float((our_grad - grad).abs().amax() / grad.abs().amax())}
+    report.row("losses", masks=b * k, pixels=side**2, **errors)
 
 
 def compiled_kernels(jit_function):
@@ -347,7 +378,7 @@ def flash_sinkhorn(report, device, sizes):
     report.row("flash-sinkhorn, one problem", **measure(lambda: loss(x, y), device, sizes["repeats"]))
 
 
-def trainer_and_batch(device, k, n, visual_prompts, side, batch, tower, mixed="no", compiled=False):
+def trainer_and_batch(device, k, n, visual_prompts, side, batch, tower, mixed="no", compiled=False, parts=None):
     """A training step at the size of a dataset: a model with random weights and one batch."""
     import torch
     import torch.nn.functional as F
@@ -364,7 +395,12 @@ def trainer_and_batch(device, k, n, visual_prompts, side, batch, tower, mixed="n
     torch.manual_seed(0)
     text = F.normalize(torch.randn(k, n, tower["dim"]), dim=-1)
     model = OTSeg(
-        visual=visual_tower(**tower), text=text, image_size=side, visual_prompts=visual_prompts, init_from_clip=True
+        visual=visual_tower(**tower),
+        text=text,
+        image_size=side,
+        visual_prompts=visual_prompts,
+        init_from_clip=True,
+        **(parts or {}),
     ).to(device)
     recipe = resolve("coco", "fully_supervised", image_size=side, stride=side, batch_size=batch, precision=mixed)
     trainer = Trainer(
@@ -441,17 +477,27 @@ def plain_step(report, device, batch, sizes, dataset):
     """The same step in plain PyTorch: unrolled Sinkhorn, a loss at full size, unfused blocks."""
     import torch
 
-    from otseg.tasks import step_task
+    from otseg.losses import naive_mask_loss, training_loss
+    from otseg.tasks import PLAIN_PARTS
 
-    tower = "ViT-B/16" if device == "cuda" else "tiny"
-    for method in ("plain", "ours"):
-        what = f"{dataset}, batch {batch}, bf16, {method} without the trainer"
-        with noted(report, what):
-            task = step_task(method, device, b=batch, tower=tower, dtype="bf16", **sizes["step"][dataset])
-            values = measure(task.run, device, sizes["step_repeats"])
-            report.row(what, dataset=dataset, batch=batch, precision="bf16", method=method, **values)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    what = f"{dataset}, batch {batch}, bf16, plain"
+    with noted(report, what, batch=batch):
+        trainer, data = trainer_and_batch(
+            device, batch=batch, mixed="bf16", tower=sizes["tower"], parts=PLAIN_PARTS, **sizes["step"][dataset]
+        )
+
+        def run():
+            with trainer.accelerator.autocast():
+                masks = trainer.net(data["image"], trainer.text)
+            trainer.accelerator.backward(sum(training_loss(masks, data["label"], loss=naive_mask_loss).values()))
+            trainer.opt.step()
+            trainer.opt.zero_grad()
+
+        values = measure(run, device, sizes["step_repeats"])
+        values["images_per_s"] = 1000 * batch / values["ms"]
+        report.row(what, dataset=dataset, batch=batch, precision="bf16", compiled=False, **values)
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure_losses(trainer, data, device, repeats, mixed):
@@ -503,6 +549,7 @@ def kernel_shares(run):
     """Milliseconds that the GPU works in a run, and the share of each kind of kernel in percent."""
     kinds = {
         "transport": r"plan_kernel|gradient_kernel",
+        "losses": r"mask_loss_kernel",
         "attention": r"flash|fmha|attention|softmax",
         "matrix_products": r"gemm|cutlass|sm\d\d_xmma|cublas|nvjet|bmm",
         "memory": r"[Mm]emcpy|[Mm]emset",
@@ -615,7 +662,7 @@ PARTS = {  # name -> (function, seconds on a GPU, seconds on a CPU)
     "facts": (facts, 30, 60),
     "kernels": (kernels, 90, 240),
     "parity": (parity, 40, 120),
-    "transport": (transport, 50, 120),
+    "transport": (transport, 80, 120),
     "step": (step, 170, 240),
     "tests": (tests, 100, 240),
     "inference": (inference, 40, 120),
@@ -628,6 +675,9 @@ SIZES = {
     "cuda": dict(
         kernel_problems=(2496, 1024, 8),
         kernel_sizes=((1024, 8), (900, 7), (1, 1), (3, 2), (577, 6), (2048, 8), (1025, 16)),
+        loss_images=4,
+        loss_classes=156,
+        loss_side=512,
         transport=(2496, 1024, 8),
         repeats=10,
         step_repeats=5,
@@ -657,6 +707,9 @@ SIZES = {
     "cpu": dict(
         kernel_problems=(4, 64, 4),
         kernel_sizes=((16, 3), (1, 1), (17, 5)),
+        loss_images=1,
+        loss_classes=3,
+        loss_side=48,
         transport=(6, 64, 4),
         repeats=2,
         step_repeats=2,
