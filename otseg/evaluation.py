@@ -87,7 +87,7 @@ def json_metrics(scores: dict, classes: tuple[str, ...]) -> dict:
     iou = {name: number(v) for name, v in zip(classes, scores["iou"].tolist())}
     return {name: number(v) for name, v in scores.items() if name != "iou"} | {"iou": iou}
 
-
+# %% ../nbs/26_evaluation.ipynb #f5000028
 def determinism(device: torch.device) -> str:
     "Sentence for records: how far one seed determines a result on a device."
     if device.type == "cpu":
@@ -107,7 +107,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
-
+# %% ../nbs/26_evaluation.ipynb #f5000029
 def make_record(
     recipe: Recipe,
     bench: Benchmark,
@@ -197,7 +197,7 @@ def default_workers(dataset: str) -> int:
     "Number of processes that read images: 0 for the embedded benchmark, which is in memory."
     return 0 if dataset == "digits" else min(8, os.cpu_count() or 1)
 
-
+# %% ../nbs/26_evaluation.ipynb #f500002a
 def evaluate_checkpoint(
     checkpoint: str | Path,  # .safetensors file that `fit` wrote, or an official checkpoint
     *,
@@ -210,7 +210,7 @@ def evaluate_checkpoint(
     images: int | None = None,  # number of images, evenly spread; None: all
     paths: Iterable = tuple(PATH_WEIGHTS),  # names of paths, or weights of MPSA
     baseline: bool = True,  # evaluate the frozen CLIP as well
-    workers: int | None = None,  # processes that read images; None: chosen
+    workers: int | None = None,  # processes that read images; None: `default_workers`
     progress: bool = True,  # show progress bars
     **changes,  # EVALUATION_FIELDS to change
 ) -> Evaluation:

@@ -144,7 +144,7 @@ class Trainer:
     unseen: Tensor  # indices of the unseen classes, on the device
     per_device: int  # images that a device processes at a time
 
-
+# %% ../nbs/27_steps.ipynb #f5000046
 def make_trainer(
     model: OTSeg,
     recipe: Recipe,

@@ -19,16 +19,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, debug_launcher, notebook_launcher
+from accelerate import debug_launcher, notebook_launcher
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .checkpoints import GracefulStop, Log, newest_state, write_json, write_state
-from .data import Benchmark, EndlessBatches, EvalView, TrainCrops
+from .data import EndlessBatches, EvalView, TrainCrops
 from .evaluation import default_workers, evenly_spaced_subset, make_record, validate, validate_dense_clip
-from .model import Masks, OTSeg
+from .model import Masks
 from otseg.models import (
     build_model,
     check_same_model,
@@ -59,30 +59,13 @@ class RunOptions:
 
 # %% ../nbs/28_training.ipynb #f5000053
 @dataclass
-class Run:
-    "A run: what `setup_run` loads once."
+class Run(Trainer):
+    "A trainer with its data and options: everything that `setup_run` loads once."
 
-    trainer: Trainer
     options: RunOptions
     crops: TrainCrops
     val: EvalView
     workers: int  # processes that read images
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.trainer.recipe
-
-    @property
-    def bench(self) -> Benchmark:
-        return self.trainer.bench
-
-    @property
-    def model(self) -> OTSeg:
-        return self.trainer.model
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.trainer.accelerator
 
     @property
     def out(self) -> Path:
@@ -128,7 +111,13 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
         check_same_model(header["recipe"], recipe, init)
     trainer = make_trainer(model, recipe, bench, accelerator, options.per_device)
     workers = default_workers(recipe.dataset) if options.workers is None else options.workers
-    return Run(trainer, options, TrainCrops(train, recipe, table), EvalView(val, recipe), workers)
+    return Run(
+        **vars(trainer),
+        options=options,
+        crops=TrainCrops(train, recipe, table),
+        val=EvalView(val, recipe),
+        workers=workers,
+    )
 
 # %% ../nbs/28_training.ipynb #5d8fe4fc
 def ignore_ctrl_c(worker: int):
@@ -139,9 +128,8 @@ def ignore_ctrl_c(worker: int):
 def make_loader(run: Run, start: int) -> DataLoader:
     "Training batches of this process, from iteration `start` on."
     r, acc = run.recipe, run.accelerator
-    batches = EndlessBatches(
-        len(run.crops), r.batch_size, r.seed, r.max_iters, start, acc.process_index, acc.num_processes
-    )
+    rank, world = acc.process_index, acc.num_processes
+    batches = EndlessBatches(len(run.crops), r.batch_size, r.seed, r.max_iters, start, rank, world)
     return DataLoader(
         run.crops,
         batch_sampler=batches,
@@ -234,7 +222,7 @@ def save_state(run: Run, progress: Progress):
         return
     weights = finite_weights(run.model, progress.t)
     names = {p: name for name, p in run.model.named_parameters()}
-    for p, moments in run.trainer.opt.state.items():
+    for p, moments in run.opt.state.items():
         tensors |= {f"adamw.{key}.{names[p]}": value for key, value in moments.items()}
     tensors |= {f"model.{name}": w for name, w in weights.items()}
     if progress.losses:
@@ -275,7 +263,7 @@ def restore_state(run: Run) -> Progress:
     for name, p in run.model.named_parameters():
         if p.requires_grad:
             moments = {key: tensors[f"adamw.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            run.trainer.opt.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in moments.items()}
+            run.opt.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in moments.items()}
     acc, random = run.accelerator, {}
     if header["processes"] == acc.num_processes:
         random = {name: v[acc.process_index] for name, v in with_prefix(tensors, "random.").items()}
@@ -302,15 +290,15 @@ def end_early(run: Run, stop: GracefulStop, t: int):
 
 # %% ../nbs/28_training.ipynb #f5000066
 def one_iteration(run: Run, batch: dict[str, Tensor], progress: Progress):
-    "Take one training step and note its losses."
+    "Take one training step and keep its losses."
     progress.skipped += int(batch.pop("skipped").sum())
     batch |= {name: batch[name].to(run.accelerator.device, non_blocking=True) for name in ("image", "label")}
-    progress.losses.append(training_step(run.trainer, batch, progress.t))
+    progress.losses.append(training_step(run, batch, progress.t))
     progress.t += 1
 
 
 def save_and_validate(run: Run, log: Log | None, progress: Progress, stopping: bool):
-    "Write the checkpoints and states of this iteration, and validate if it is time."
+    "Write the checkpoints and the state of this iteration, if any are due, and validate every `val_interval` steps."
     t, end = progress.t, run.recipe.max_iters
     if run.is_main and t == (end + 1) // 2:
         save_run(run, progress, "half")
@@ -326,13 +314,8 @@ def save_and_validate(run: Run, log: Log | None, progress: Progress, stopping: b
 # %% ../nbs/28_training.ipynb #298947c8
 def train_loop(run: Run, log: Log | None, progress: Progress):
     "Train to the end. Raises SystemExit or KeyboardInterrupt: after a stop signal, once the state is saved."
-    r = run.recipe
-    bar = tqdm(
-        total=r.max_iters,
-        initial=progress.t,
-        desc=run_name(r),
-        disable=not (run.options.progress and run.is_main),
-    )
+    r, hide = run.recipe, not (run.options.progress and run.is_main)
+    bar = tqdm(total=r.max_iters, initial=progress.t, desc=run_name(r), disable=hide)
     started, seconds_before = datetime.now(timezone.utc), progress.seconds
     batches = iter(make_loader(run, progress.t))
     set_random_states(run, progress.random)  # after `iter`, which draws a random number

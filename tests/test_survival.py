@@ -157,19 +157,13 @@ def test_killed_in_steps_and_in_the_middle_of_saving(data, undisturbed, tmp_path
 
 @pytest.mark.slow
 def test_killed_at_random_times(data, undisturbed, tmp_path):
-    started = time.time()
-    assert run_in_child(lambda: run(data, tmp_path / "timed")) == 0
-    duration, rng, kills = time.time() - started, random.Random(0), 0
-    while True:
-        kill_after = duration * rng.uniform(0.2, 0.9) if kills < 8 else None
-        code = run_in_child(lambda: run(data, tmp_path / "run"), kill_after)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
+    "Each process lives about 1.3 times as long as the one before, until one reaches the end."
+    rng, kills = random.Random(0), 0
+    while run_in_child(lambda: run(data, tmp_path), kill_after=0.1 * 1.3**kills * rng.uniform(0.8, 1.2)):
         kills += 1
     assert kills
-    run(data, tmp_path / "run")
-    assert_same_results(tmp_path / "run", undisturbed)
+    run(data, tmp_path)
+    assert_same_results(tmp_path, undisturbed)
 
 
 # stop signals
