@@ -99,7 +99,7 @@ def check(
 ):
     "Check a dataset on disk."
     from otseg.benchmarks import DATASETS
-    from otseg.folders import check as check_dataset
+    from otseg.checks import check as check_dataset
 
     on_disk = [name for name in DATASETS if name != "digits"]
     if dataset not in on_disk:

@@ -363,7 +363,7 @@ def zero_shot(
     single = (caption_truth(view)[:, :10, 0] != 0).sum(1) == 1
     area = torch.stack([(view.label == 10 + t).sum((1, 2)) for t in range(6)], 1)
     cls = ImageEncoder(clip.visual, visual_prompts=0, double_class_token=False)(to_clip_input(view.image)).cls
-    cos = cls @ F.to_clip_input(text.mean(1), dim=-1).T  # (b, k)
+    cos = cls @ F.normalize(text.mean(1), dim=-1).T  # (b, k)
     return dict(
         digits=(cos[:, :10].argmax(1) == digit)[single].float().mean().item(),
         textures=(cos[:, 10:].argmax(1) == area.argmax(1)).float().mean().item(),
@@ -380,7 +380,7 @@ def dense_scores(
     "Dense zero-shot CLIP: patch tokens against the mean text of each class, upsampled, averaged over windows."
     encode, text = (
         ImageEncoder(clip.visual, visual_prompts=0, double_class_token=False),
-        F.to_clip_input(text.mean(1), dim=-1),
+        F.normalize(text.mean(1), dim=-1),
     )
     score, count = image.new_zeros(len(image), len(text), SIDE, SIDE, dtype=torch.float32), torch.zeros(SIDE, SIDE)
     for y in range(0, SIDE - WINDOW + 1, stride):
