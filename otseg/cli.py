@@ -325,7 +325,7 @@ def convert(
 
     report = official.official_report(checkpoint)
     print(official.summarize(report).to_string(), "\n")
-    wrong = report[~report["fate"].isin(["used", "ignored"])]
+    wrong = report[~report["status"].isin(["used", "ignored"])]
     if len(wrong):
         print(wrong.to_string(index=False), "\n")
     config = official.convert(checkpoint, out, text, heads)

@@ -7,13 +7,13 @@ import torch
 import trees
 from helpers import close, papermill
 
+from otseg.benchmarks import BenchmarkSource, load_benchmark
 from otseg.cli import main
-from otseg.clip import read_checkpoint
 from otseg.evaluation import evaluate_checkpoint
 from otseg.official import convert, official_name
-from otseg.predict import load
+from otseg.models import load_model, read_checkpoint
 from otseg.recipes import resolve
-from otseg.training import evaluate_main, fit
+from otseg.training import fit
 
 SMALL = dict(
     clip="digits_clip",
@@ -23,12 +23,12 @@ SMALL = dict(
     train_long_side=96,
     test_short_side=48,
     max_iters=2,
-    batch=2,
+    batch_size=2,
     warmup_iters=1,
     val_interval=1,
     val_images=2,
     visual_prompts=2,
-    templates=2,
+    num_templates=2,
     depth=2,
 )
 OWN = {"ade": {"unseen": "wall, sky"}}  # no unseen classes of its own
@@ -129,9 +129,7 @@ def test_evaluate(runs, forest, weights, source, target):
 
 
 def classes_of(dataset, forest):
-    from otseg.benchmarks import load_benchmark
-
-    return load_benchmark(dataset, root=place(forest, dataset)).classes
+    return load_benchmark(BenchmarkSource(dataset, root=place(forest, dataset))).classes
 
 
 # what is refused
@@ -160,7 +158,7 @@ def test_a_missing_dataset_stops_the_notebook(tmp_path, weights):
 def test_settings_that_need_unseen_classes(forest, weights, tmp_path):
     with pytest.raises(
         ValueError,
-        match="the setting inductive needs unseen and seen classes, but 0 of the 150 of ade are unseen: name some",
+        match="the setting inductive needs unseen and seen classes, but 0 of the 150 classes of ade are unseen: name some",
     ):
         fit(resolve("ade", **SMALL), tmp_path, root=forest, clip_weights=weights, progress=False)
     assert not list(tmp_path.iterdir())
@@ -247,7 +245,8 @@ def test_from_the_shell(voc, forest, weights, tmp_path):
     "args, says",
     [
         (["--dataset=cocoa"], "no recipe for dataset = 'cocoa'"),
-        (["--dataset=voc", "--lr=-1", "--root=nowhere"], "looked for nowhere/SegmentationClass"),
+        (["--dataset=voc", "--lr=-1"], "lr = -1.0: input should be greater"),
+        (["--dataset=voc", "--root=nowhere"], "looked for nowhere/SegmentationClass"),
     ],
 )
 def test_errors_of_the_shell(args, says, capsys):
@@ -256,7 +255,7 @@ def test_errors_of_the_shell(args, says, capsys):
 
 def test_a_checkpoint_needs_no_dataset(voc, weights, monkeypatch):
     monkeypatch.delenv("OTSEG_DATA", raising=False)
-    model, recipe, bench = load(voc[0] / "last.safetensors", weights)
+    model, recipe, bench = load_model(voc[0] / "last.safetensors", clip_weights=weights)
     assert len(bench.classes) == len(model.text) == 20 and recipe.dataset == "voc"
     assert read_checkpoint(voc[0] / "last.safetensors")[1]["templates"] == ["a photo of a {}.", "a portrait of a {}."]
     with pytest.raises(FileNotFoundError):
@@ -264,7 +263,7 @@ def test_a_checkpoint_needs_no_dataset(voc, weights, monkeypatch):
 
 
 def test_some_images(voc, forest, weights):
-    record, *_ = evaluate_checkpoint(
+    record = evaluate_checkpoint(
         voc[0] / "last.safetensors",
         root=forest,
         clip_weights=weights,
@@ -272,7 +271,7 @@ def test_some_images(voc, forest, weights):
         workers=0,
         baseline=False,
         progress=False,
-    )
+    ).record
     assert record["images"] == 2 and set(record["metrics"]) == {"mps", "mpsa", "ensemble"}
     with pytest.raises(ValueError, match="lr was fixed in training"):
         evaluate_checkpoint(voc[0] / "last.safetensors", root=forest, clip_weights=weights, lr=1.0)
@@ -297,7 +296,7 @@ def test_readers_in_processes_change_nothing(forest, weights, voc, tmp_path):
 @pytest.fixture(scope="module")
 def official(voc, weights, tmp_path_factory):
     "The same run's weights as the official code would have written them."
-    model, *_ = load(voc[0] / "last.safetensors", weights)
+    model, *_ = load_model(voc[0] / "last.safetensors", clip_weights=weights)
     state = {official_name(name, 2): value for name, value in model.state_dict().items() if name != "text"}
     path = tmp_path_factory.mktemp("official") / "latest.pth"
     torch.save(
@@ -317,7 +316,7 @@ def test_an_official_checkpoint_scores_the_same(voc, official, forest, weights, 
         path = tmp_path / "otseg.safetensors"
         convert(official, path)
     changes = {name: SMALL[name] for name in ("stride", "test_short_side")}
-    record, model, recipe, bench = evaluate_checkpoint(
+    found = evaluate_checkpoint(
         path,
         root=forest,
         clip_weights=weights,
@@ -328,14 +327,14 @@ def test_an_official_checkpoint_scores_the_same(voc, official, forest, weights, 
         progress=False,
         **changes,
     )
-    assert recipe.num_templates == 6 and recipe.image_size == 512  # the recipe's, not the miniature's
-    assert record["source"] == "official" and len(record["metrics"]["ensemble"]["iou"]) == 20
+    assert found.recipe.num_templates == 6 and found.recipe.image_size == 512  # the recipe's, not the miniature's
+    assert found.record["source"] == "official" and len(found.record["metrics"]["ensemble"]["iou"]) == 20
     ours, image = (
-        load(voc[0] / "last.safetensors", weights)[0],
+        load_model(voc[0] / "last.safetensors", clip_weights=weights)[0],
         torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(0)),
     )
     with torch.no_grad():
-        for theirs, mine in zip(model(image), ours(image, model.text)):
+        for theirs, mine in zip(found.model(image), ours(image, found.model.text)):
             close(theirs, mine, 1e-6)
 
 
@@ -365,7 +364,7 @@ def test_an_official_checkpoint_of_another_dataset(official, forest, weights):
         evaluate_checkpoint(
             official, root=forest, clip_weights=weights, trained="context", clip="digits_clip", progress=False
         )
-    with pytest.raises(ValueError, match="not a checkpoint of otseg.*official ones"):
+    with pytest.raises(ValueError, match="not a checkpoint of otseg.*official checkpoints"):
         evaluate_checkpoint(official, root=forest, clip_weights=weights, progress=False)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from otseg.benchmarks import load_benchmark
+from otseg.benchmarks import BenchmarkSource, load_benchmark
 from otseg.data import UNLABELLED, Benchmark, EndlessBatches, TrainCrops, generator, label_table, random_crop
 from otseg.images import IGNORE, NORMALIZATIONS, normalize
 from otseg.recipes import resolve
@@ -183,7 +183,7 @@ def test_seen_is_what_is_not_unseen():
 
 @pytest.mark.parametrize("split", [0, 1, 2])
 def test_digits(split):
-    bench = load_benchmark("digits", split)
+    bench = load_benchmark(BenchmarkSource("digits", split))
     assert bench.name == "digits" and len(bench.classes) == 16 and len(bench.unseen) == 4
     assert sorted(bench.seen + bench.unseen) == list(range(16))
 
@@ -198,4 +198,4 @@ def test_digits(split):
 )
 def test_unknown_benchmarks(args, says):
     with pytest.raises(ValueError, match=says):
-        load_benchmark(*args)
+        load_benchmark(BenchmarkSource(*args))

@@ -11,11 +11,12 @@ import torch
 import trees
 from PIL import Image
 
-from otseg.benchmarks import load_benchmark
+from otseg.benchmarks import BenchmarkSource, load_benchmark
+from otseg.checks import check
 from otseg.cli import main
-from otseg.data import EvalView, TrainCrops, distort, generator, saturate
-from otseg.folders import LAYOUTS, check, find_root, id_table, released
-from otseg.images import IGNORE, Unreadable, fit_size, read_ids, read_image, resize, resize_label
+from otseg.data import EvalView, TrainCrops, generator, photometric_distortion, scale_saturation
+from otseg.folders import LAYOUTS, find_root, id_table, released
+from otseg.images import IGNORE, Unreadable, fit_size, read_label, read_image, resize, resize_label
 from otseg.recipes import resolve
 from otseg.steps import lr_at
 
@@ -24,7 +25,7 @@ CLASSES = {"voc": (20, 5), "context": (59, 10), "coco": (171, 15), "ade": (150, 
 
 
 def open_one(forest, dataset):
-    return load_benchmark(dataset, root=forest / "mine" if dataset == "folder" else forest)
+    return load_benchmark(BenchmarkSource(dataset, root=forest / "mine" if dataset == "folder" else forest))
 
 
 # what is found
@@ -54,7 +55,7 @@ def test_ids(forest, dataset, first):
     "Every id of the file becomes its class."
     data = open_one(forest, dataset).images("val")
     for i in range(3):
-        ids, label = read_ids(data.files[i][1]).long(), data[i]["label"]
+        ids, label = read_label(data.files[i][1]), data[i]["label"]
         none = (ids == 255) | (ids < first)
         assert torch.equal(label[~none], ids[~none] - first) and (label[none] == IGNORE).all()
 
@@ -97,9 +98,9 @@ def test_context_lists_in_either_place(forest, tmp_path):
 
 
 def test_unseen_by_name():
-    assert load_benchmark("voc", unseen="cat, aeroplane").unseen == (0, 7)
+    assert load_benchmark(BenchmarkSource("voc", unseen="cat, aeroplane")).unseen == (0, 7)
     with pytest.raises(ValueError, match="unseen class 'cart' is not one of the dataset's 20: aeroplane, bicycle"):
-        load_benchmark("voc", unseen="cat, cart")
+        load_benchmark(BenchmarkSource("voc", unseen="cat, cart"))
 
 
 # a folder of one's own
@@ -117,7 +118,7 @@ def test_background(tmp_path, background, ids, classes, lowest):
     trees.write_folder(tmp_path, ids, **({"background": background} if background else {}))
     bench = load_benchmark(BenchmarkSource("folder", root=tmp_path))
     assert bench.classes == classes and bench.unseen == (classes.index("spoon"),)
-    raw, label = read_ids(bench.images("val").files[0][1]).long(), bench.images("val")[0]["label"]
+    raw, label = read_label(bench.images("val").files[0][1]), bench.images("val")[0]["label"]
     shift = int(background == "ignore")
     assert torch.equal(label[raw < 255], torch.where(raw < shift, IGNORE, raw - shift)[raw < 255])
 
@@ -177,9 +178,9 @@ def test_exif_turns_an_image(tmp_path):
 def test_unreadable_files(forest, tmp_path, spoil):
     trees.write_folder(tmp_path, size=(200, 300))
     data = load_benchmark(BenchmarkSource("folder", root=tmp_path)).images("val")
-    for path, read in zip(data.files[1], (read_image, read_ids)):
+    for path, read in zip(data.files[1], (read_image, read_label)):
         spoil(path)
-        with pytest.raises(Unreadable, match=f"{path.name} cannot be read as"):
+        with pytest.raises((Unreadable, FileNotFoundError), match=f"{path.name} cannot be read as"):
             read(path)
 
 
@@ -252,10 +253,10 @@ def remove(pattern):
         (lambda root: [p.unlink() for p in root.glob("images/val/*")], "val: folder has no val images below"),
         (
             spoil_ids((1, 2, 3)),
-            'has the ids 3, which are no class: the labels seem to count from 1.*"background": "ignore"',
+            'have the ids 3, which are no class: the labels seem to count from 1.*"background": "ignore"',
         ),
         (lambda root: trees.write_folder(root, (1, 2), n=20), "no pixel has the id 0, which is the first class"),
-        (spoil_ids((0, 1, 77)), "has the ids 77, which are no class: 0 to 2 are the 3 classes"),
+        (spoil_ids((0, 1, 77)), "have the ids 77, which are no class: 0 to 2 are the 3 classes"),
         (lambda root: Image.new("RGB", (37, 61)).save(root / "labels/val/photo 0.png"), "is a RGB picture"),
         (
             lambda root: Image.new("L", (5, 5)).save(root / "labels/val/photo 0.png"),
@@ -331,7 +332,7 @@ def test_sizes(size, short, long, want):
                 stride=426,
                 max_iters=20_000,
                 visual_prompts=10,
-                templates=6,
+                num_templates=6,
                 train_short_side=512,
                 train_long_side=2048,
                 test_short_side=512,
@@ -345,7 +346,7 @@ def test_sizes(size, short, long, want):
                 stride=80,
                 max_iters=40_000,
                 visual_prompts=10,
-                templates=8,
+                num_templates=8,
                 train_short_side=520,
                 train_long_side=520,
                 test_short_side=520,
@@ -359,7 +360,7 @@ def test_sizes(size, short, long, want):
                 stride=426,
                 max_iters=80_000,
                 visual_prompts=100,
-                templates=8,
+                num_templates=8,
                 train_short_side=512,
                 train_long_side=2048,
                 test_short_side=512,
@@ -370,14 +371,14 @@ def test_sizes(size, short, long, want):
 )
 def test_recipes_of_the_paper(dataset, fields):
     common = dict(
-        batch=16,
+        batch_size=16,
         lr=2e-4,
         weight_decay=0.01,
         warmup_iters=1500,
         min_lr=1e-6,
-        power=0.9,
-        focal=100.0,
-        dice=1.0,
+        poly_power=0.9,
+        focal_weight=100.0,
+        dice_weight=1.0,
         min_scale=0.5,
         max_scale=2.0,
         flip_prob=0.5,
@@ -397,7 +398,7 @@ def test_recipes_of_the_paper(dataset, fields):
         and transductive["calibration"] == full["calibration"] == 0
     )
     assert transductive["stride"] == (420 if dataset == "context" else inductive["stride"])
-    assert vars(resolve("ade"))["pixels"] == "clip" and vars(resolve("ade"))["test_long_side"] == 2048
+    assert vars(resolve("ade"))["normalization"] == "clip" and vars(resolve("ade"))["test_long_side"] == 2048
 
 
 @pytest.mark.parametrize("T", [20_000, 80_000])
@@ -492,7 +493,7 @@ def test_saturation_is_that_of_hsv():
 
     image = torch.rand(3, 4, 5, generator=generator(0))
     for a in (0.5, 1.0, 1.5):
-        ours = saturate(image, a)
+        ours = scale_saturation(image, a)
         for y in range(4):
             for x in range(5):
                 h, s, v = colorsys.rgb_to_hsv(*image[:, y, x].tolist())
@@ -503,7 +504,7 @@ def test_saturation_is_that_of_hsv():
 def test_distortion():
     "It stays in range, happens about as often as it should, and leaves about 1 in 16 alone."
     image = torch.rand(3, 8, 8, generator=generator(0)) * 0.6 + 0.2
-    many = [distort(image, generator(i)) for i in range(400)]
+    many = [photometric_distortion(image, generator(i)) for i in range(400)]
     assert all(0 <= m.min() and m.max() <= 1 for m in many)
     untouched = sum(torch.allclose(m, image, atol=1e-6) for m in many)
     assert 10 <= untouched <= 45

@@ -15,8 +15,7 @@ from otseg.cli import main
 from otseg.data import UNLABELLED, label_table
 from otseg.inference import predict_probs
 from otseg.losses import mask_loss, training_loss
-from otseg.model import OTSeg
-from otseg.official import convert, official_config, official_name, official_report, read_official
+from otseg.official import convert, load_official, official_config, official_name, official_report, read_official
 from otseg.recipes import Recipe
 from otseg.steps import lr_at, make_optimizer, pseudo_label
 from otseg.text import read_embeddings
@@ -40,7 +39,7 @@ def data(request):
 
 def load(text=None):
     text = load_file(golden / "model.safetensors")["text"] if text is None else text
-    return OTSeg.from_official(checkpoint, text, image_size=side, heads=meta["config"]["heads"])
+    return load_official(checkpoint, text, image_size=side, heads=meta["config"]["heads"])
 
 
 def close(ours, theirs, tol):
@@ -214,8 +213,8 @@ def test_sources_agree(tmp_path):
 
 def test_every_tensor_is_accounted_for():
     report = official_report(checkpoint)
-    assert sorted(report["tensor"]) == sorted(state_dict()) and set(report["fate"]) == {"used", "ignored"}
-    ignored = report[report["fate"] == "ignored"]["tensor"]
+    assert sorted(report["tensor"]) == sorted(state_dict()) and set(report["status"]) == {"used", "ignored"}
+    ignored = report[report["status"] == "ignored"]["tensor"]
     for name in ignored:
         last = (
             name.startswith("decode_head.decoder_1.layers.2.")
@@ -343,7 +342,7 @@ def test_conversion(tmp_path):
     with pytest.raises(ValueError, match="number 0 is 'c0' in the file but 'dog' is given"):
         read_embeddings(tmp_path / "a" / "out.safetensors", ["dog"] + config["classes"][1:])
     image = load_file(golden / "model.safetensors")["image"]
-    model = OTSeg.from_official(tmp_path / "a" / "out.safetensors", torch.from_numpy(text), image_size=side, heads=4)
+    model = load_official(tmp_path / "a" / "out.safetensors", torch.from_numpy(text), image_size=side, heads=4)
     assert torch.equal(model(image).mpsa, load(text=torch.from_numpy(text))(image).mpsa)
 
 

@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from otseg.benchmarks import load_benchmark
+from otseg.benchmarks import BenchmarkSource, load_benchmark
+from otseg.checks import check
 from otseg.checkpoints import read_tensors, write_tensors
-from otseg.clip import load_clip, read_checkpoint
-from otseg.folders import Part, check, pairs, read_description
-from otseg.images import Unreadable, read_ids, read_image
+from otseg.clip import load_clip
+from otseg.folders import Part, pairs, read_description
+from otseg.images import Unreadable, read_label, read_image
 from otseg.official import official_report, read_official
-from otseg.predict import load
+from otseg.models import load_model, read_checkpoint
 from otseg.recipes import resolve
 from otseg.training import fit
 
@@ -36,12 +37,12 @@ SMALL = dict(
     train_long_side=64,
     test_short_side=32,
     max_iters=2,
-    batch=2,
+    batch_size=2,
     warmup_iters=1,
     val_interval=9,
     val_images=1,
     visual_prompts=2,
-    templates=2,
+    num_templates=2,
     depth=2,
 )
 
@@ -78,17 +79,17 @@ def test_no_pickle_is_run(tmp_path, write, place):
     readers = [
         read_tensors,
         read_checkpoint,
-        load,
+        load_model,
         read_official,
         official_report,
-        lambda path: load(path, trained=resolve("voc")),
+        lambda path: load_model(path, trained=resolve("voc")),
         lambda path: load_clip(pretrained=path),
     ]
     for read in readers:
         with pytest.raises(ValueError, match="a.pth"):
             read(tmp_path / "a.pth")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.pth").read_bytes())
-    for read in (read_tensors, read_checkpoint, load):
+    for read in (read_tensors, read_checkpoint, load_model):
         with pytest.raises(ValueError, match="b.safetensors is not a checkpoint"):
             read(tmp_path / "b.safetensors")
     assert not trap.exists()
@@ -116,15 +117,15 @@ def altered(path, out, change):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda s, a: s.pop("descriptor.proj.bias"), "descriptor.proj.bias is missing there"),
-        (lambda s, a: s.update(extra=torch.ones(3)), "extra is .3,. there but unknown here"),
+        (lambda s, a: s.pop("descriptor.proj.bias"), "descriptor.proj.bias is missing in the file"),
+        (lambda s, a: s.update(extra=torch.ones(3)), "extra is .3,. in the file but unknown"),
         (
             lambda s, a: s.update({"descriptor.proj.bias": torch.ones(7)}),
-            "descriptor.proj.bias is .7,. there but .128,. here",
+            "descriptor.proj.bias is .7,. in the file but .128,. in the model",
         ),
         (lambda s, a: a.pop("classes"), "its header lacks"),
         (lambda s, a: a.update(recipe=[1]), "its header lacks"),
-        (lambda s, a: a["recipe"].update(lr="fast"), "lr = 'fast' is a str"),
+        (lambda s, a: a["recipe"].update(lr="fast"), "lr = 'fast': input should be a valid number"),
         (lambda s, a: a["recipe"].update(colour="red"), "no field 'colour'"),
         (lambda s, a: a["recipe"].update(depth=10**9), "depth"),
         (lambda s, a: a["recipe"].pop("dataset"), "does not know"),
@@ -133,12 +134,12 @@ def altered(path, out, change):
 def test_headers_and_tensors_that_do_not_fit(trained, tmp_path, change, says):
     path = altered(trained[0], tmp_path / "a.safetensors", change)
     with pytest.raises(ValueError, match=says):
-        load(path)
+        load_model(path)
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("attention", "softmax"), ("image_size", 48), ("eps", 0.1), ("depth", 3), ("prompts", 3), ("templates", 3)],
+    [("attention", "softmax"), ("image_size", 48), ("eps", 0.1), ("depth", 3), ("visual_prompts", 3), ("num_templates", 3)],
 )
 def test_another_model_as_the_start(trained, tmp_path, name, value):
     "Also where the shapes agree."
@@ -149,7 +150,7 @@ def test_another_model_as_the_start(trained, tmp_path, name, value):
 
 def test_another_class_list_as_the_start(trained, tmp_path):
     trees.write_folder(tmp_path, classes=["wall", "cup", "fork"], unseen=["fork"])
-    with pytest.raises(ValueError, match="number 2, is 'spoon' there and 'fork' here"):
+    with pytest.raises(ValueError, match="number 2, is 'spoon' in the file and 'fork' in the dataset"):
         fit(
             resolve("folder", "transductive", **SMALL),
             tmp_path / "run",
@@ -177,7 +178,7 @@ def png_that_claims(width, height):
 def test_decompression_bombs(tmp_path, size):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_that_claims(*size))
-    for read in (read_image, read_ids):
+    for read in (read_image, read_label):
         with pytest.raises(Unreadable, match="bomb.png"):
             read(path)
 
@@ -192,7 +193,7 @@ def test_decompression_bombs(tmp_path, size):
 def test_any_bytes_as_an_image(tmp_path_factory, content, head):
     path = tmp_path_factory.mktemp("image") / "a.png"
     path.write_bytes(head + content)
-    for read in (read_image, read_ids):
+    for read in (read_image, read_label):
         try:
             read(path)
         except ValueError as e:
@@ -210,7 +211,7 @@ def test_a_spoilt_image(tmp_path_factory, data):
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    for read in (read_image, read_ids):
+    for read in (read_image, read_label):
         try:
             read(path)
         except ValueError as e:
