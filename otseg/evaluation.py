@@ -189,8 +189,8 @@ class Evaluation:
 
 
 def best_device() -> torch.device:
-    "A GPU if there is one, else the CPU."
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    "The accelerator that PyTorch finds (a CUDA GPU, or Apple's MPS), else the CPU."
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def default_workers(dataset: str) -> int:
