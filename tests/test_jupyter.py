@@ -1,7 +1,7 @@
-"""The notebooks in JupyterLab, as a reader meets them: opened in a browser, run cell by cell, the panel moved.
+"""Notebooks in JupyterLab: a browser opens them, runs all cells, and moves the controls of the panel.
 
-`make jupyter` runs this; it needs Playwright (`pip install playwright`) and a Chromium, and is skipped without them.
-All happens in a temporary copy. With OTSEG_SCREENSHOTS=FOLDER the pictures stay there.
+`make jupyter` runs these tests. They need Playwright (`pip install playwright`) and Chromium, and are skipped without
+them. They work on a temporary copy of the repository. OTSEG_SCREENSHOTS=FOLDER keeps the screenshots.
 """
 
 import json
@@ -15,18 +15,17 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, TINY
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TINY = {"max_iters": 4, "setting": "inductive"}  # training is tested elsewhere: here its notebook only has to run
-MINUTES = 60_000  # in Playwright's milliseconds
+MINUTE = 60_000  # milliseconds, Playwright's unit of time
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository without its history and its runs, training cut short."""
+    """A copy of the repository, in which the training notebook runs for a few iterations."""
     root = tmp_path_factory.mktemp("jupyter") / "otseg"
     shutil.copytree(
         ROOT,
@@ -39,21 +38,19 @@ def copy(tmp_path_factory):
     nb = json.loads(path.read_text())
     cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
     source = "".join(cell["source"])
-    for name, value in {**TINY, "out": str(root / "out"), "records": str(root / "records")}.items():
-        source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", source, flags=re.MULTILINE)
-        assert found == 1, name
-    cell["source"] = source + "\nbatch, warmup, val_interval, val_images = 2, 2, 2, 1\n"
+    parameters = TINY | {"setting": "inductive", "out": str(root / "out"), "records": str(root / "records")}
+    cell["source"] = "\n".join([source, *(f"{name} = {value!r}" for name, value in parameters.items())])
     path.write_text(json.dumps(nb))
     return root
 
 
 @pytest.fixture(scope="module")
 def lab(copy):
-    """Address of a JupyterLab that serves the copy."""
+    """Address of a JupyterLab server for the copy."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    home = copy.parent / "home"  # no settings of the user's, and none left behind
+    home = copy.parent / "home"  # JupyterLab neither reads nor writes the user's settings
     env = {
         **os.environ,
         "HOME": str(home),
@@ -96,7 +93,7 @@ def lab(copy):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium of the system through Playwright."""
+    """Chromium of the system, controlled by Playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt-get install chromium")
@@ -114,24 +111,24 @@ def screenshots(copy):
 
 
 def open_and_run(browser, lab, name, minutes):
-    """Open a notebook alone in a tab, run all its cells, and wait until the kernel is idle again."""
+    """Open a notebook in a new tab, run all cells, and wait until the kernel is idle."""
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
-    page.goto(f"{lab}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTES)
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
-    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=2 * MINUTES)
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?reset", timeout=2 * MINUTE)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTE)
+    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=2 * MINUTE)
     page.get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for(
-        timeout=2 * MINUTES
-    )  # before that, running would ask for a kernel
+        timeout=2 * MINUTE
+    )  # earlier, JupyterLab would show a dialog to choose a kernel
     page.wait_for_timeout(2000)
     assert page.locator(".jp-Dialog").count() == 0, (
-        f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+        f"{name}: JupyterLab shows a dialog: {page.locator('.jp-Dialog').all_inner_texts()}"
     )
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=2 * MINUTES)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=2 * MINUTE)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator("li[data-command='runmenu:run-all']").click()
     page.wait_for_timeout(1000)
     assert page.locator(".jp-Dialog").count() == 0, (
-        f"{name}: JupyterLab asks: {page.locator('.jp-Dialog').all_inner_texts()}"
+        f"{name}: JupyterLab shows a dialog: {page.locator('.jp-Dialog').all_inner_texts()}"
     )
     state = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
     quiet = 0
@@ -148,7 +145,7 @@ def open_and_run(browser, lab, name, minutes):
 
 
 def save_and_check(page, copy, name):
-    """Save, as Ctrl-S does, and look at every output of every cell."""
+    """Save with Ctrl-S, and check that each cell ran without an error."""
     path = copy / f"nbs/{name}.ipynb"
     before = path.stat().st_mtime_ns
     page.keyboard.press("Control+s")
@@ -178,7 +175,7 @@ def test_notebook_runs_in_jupyterlab(browser, lab, copy, screenshots, name):
 
 
 def drive_the_panel(page, screenshots):
-    """Other words and another lambda: another mask each time; a word that does not exist: a message."""
+    """Each change of words, lambda or image changes the mask. An unknown word shows an error message."""
     mask = page.locator(".widget-vbox img, .widget-vbox .widget-image").last
     mask.scroll_into_view_if_needed()
     sources = [mask.get_attribute("src")]
@@ -204,5 +201,5 @@ def drive_the_panel(page, screenshots):
     page.screenshot(path=screenshots / "panel.png")
     words.fill("three, cat")
     words.press("Enter")
-    page.get_by_text("does not know 'cat'").wait_for(timeout=MINUTES)
+    page.get_by_text("does not know 'cat'").wait_for(timeout=MINUTE)
     page.screenshot(path=screenshots / "panel_message.png")

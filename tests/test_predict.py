@@ -1,4 +1,4 @@
-"""`otseg.predict`: every kind of image and of words gets the right mask or an error that says what is wrong."""
+"""`otseg.predict` and `otseg.explain`: any images and words give the right mask, or an error with the reason."""
 
 import json
 import subprocess
@@ -12,14 +12,15 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PATCH, SIDE, D, papermill, small_model
+from helpers import PATCH, SIDE, D, papermill, run_cells, small_model
 from PIL import Image
+from safetensors import safe_open
 
 import otseg
 from otseg import predict
 from otseg.digits import ASSETS, CLASSES, Digits
 from otseg.explain import explain, panel
-from otseg.images import normalize, read_image
+from otseg.images import normalize, open_image
 from otseg.inference import predict_probs
 from otseg.models import DEFAULT_CHECKPOINT
 from otseg.predict import Result, Segmenter, resize_for_model, with_words, word_groups
@@ -36,7 +37,7 @@ def seg():
 
 @pytest.fixture(scope="module")
 def free():
-    """A small random model with CLIP's whole vocabulary: no sense in its masks, but any words."""
+    """A small random model with CLIP's whole vocabulary. It knows all words, but its masks are meaningless."""
     torch.manual_seed(0)
     text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)
     clip = (
@@ -57,7 +58,7 @@ def photo(w=40, h=30, seed=0):
 
 def test_every_way_to_pass_an_image_gives_the_same_mask(seg, tmp_path):
     x = SCENES[0]["image"]
-    image = read_image(x)
+    image = open_image(x)
     image.save(path := tmp_path / "a b.png")
     array = np.asarray(image)
     ways = [
@@ -83,7 +84,7 @@ def test_every_way_to_pass_an_image_gives_the_same_mask(seg, tmp_path):
 def test_exif_rotation_is_honoured(free, tmp_path):
     image = photo(40, 30)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
     image.save(path := tmp_path / "a.png", exif=exif)
     r = free(path, ["cat", "dog"])
     assert r.image.size == (30, 40) and r.labels.shape == (40, 30)
@@ -93,8 +94,7 @@ def test_exif_rotation_is_honoured(free, tmp_path):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"]
 )
-def test_modes(mode):
-    """Grey, alpha, palettes, print colours and 16 bits become RGB."""
+def test_image_modes_become_rgb(mode):
     grey = np.linspace(0, 255, 35, dtype=np.uint8).reshape(5, 7)
     if mode == "F":
         image = Image.fromarray(grey.astype(np.float32) / 255)
@@ -108,7 +108,7 @@ def test_modes(mode):
             if mode not in ("LA", "PA")
             else Image.fromarray(grey).convert("LA").convert(mode)
         )
-    rgb = read_image(image)
+    rgb = open_image(image)
     assert rgb.mode == "RGB" and rgb.size == (7, 5)
     if mode not in ("1", "P", "LAB", "YCbCr"):
         assert np.abs(np.asarray(rgb).astype(int) - grey[..., None]).max() <= 1
@@ -117,14 +117,14 @@ def test_modes(mode):
 def test_16_bit_file_and_transparency(tmp_path):
     a = np.linspace(0, 65535, 12, dtype=np.uint16).reshape(3, 4)
     Image.fromarray(a).save(tmp_path / "a.png")
-    assert (np.asarray(read_image(tmp_path / "a.png"))[..., 0] == a >> 8).all()
+    assert (np.asarray(open_image(tmp_path / "a.png"))[..., 0] == a >> 8).all()
     half = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     half.putpixel((0, 0), (0, 0, 255, 255))
-    assert read_image(half).getpixel((0, 0)) == (0, 0, 255) and read_image(half).getpixel((1, 1)) == (255, 255, 255)
+    assert open_image(half).getpixel((0, 0)) == (0, 0, 255) and open_image(half).getpixel((1, 1)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (20000, 30), (2000, 3), (33, 47)])
-def test_any_size_comes_back_at_that_size(free, size):
+def test_masks_have_the_size_of_the_photo(free, size):
     r = free(photo(*size), "cat, dog, sky")
     assert (
         r.labels.shape == size[::-1]
@@ -143,7 +143,7 @@ def test_a_wide_photo_is_averaged_not_sampled():
 
 
 def bomb(path):
-    """A PNG of a few bytes that says that it has 30000 x 30000 pixels."""
+    """A PNG of a few bytes whose header declares 30000 x 30000 pixels."""
     chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
     header = (30000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     path.write_bytes(
@@ -170,9 +170,9 @@ def test_bad_files(tmp_path):
             "bomb.png": "179 million pixels",
         }.items():
             with pytest.raises(ValueError, match=rf"{name}.*{says}"):
-                read_image(tmp_path / name)
+                open_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no image at .*gone.jpg"):
-        read_image(tmp_path / "gone.jpg")
+        open_image(tmp_path / "gone.jpg")
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_bad_files(tmp_path):
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
-def test_what_is_no_image_is_refused(source, says):
+def test_wrong_sources_are_refused(source, says):
     with pytest.raises(ValueError, match=says):
-        read_image(source)
+        open_image(source)
 
 
 # words
@@ -204,15 +204,15 @@ def test_what_is_no_image_is_refused(source, says):
     "classes, says",
     [
         ([], "empty"),
-        ("", "must be a text that is not empty"),
-        (["cat", "cat"], "'cat' is there more than once"),
+        ("", "expected strings that are not empty"),
+        (["cat", "cat"], "'cat' occurs more than once"),
         (["cat", " Cat "], "more than once"),
-        (["cat", ""], "must be a text"),
+        (["cat", ""], "expected strings"),
         (["cat", 3], "3 has the words"),
         ({"cat": []}, "has the words"),
         ({"sofa": ["couch"], "settee": ["couch"]}, "'couch'"),
         ("sofa|couch,sofa", "'sofa'"),
-        (7, "a list of names"),
+        (7, "expected a list of names"),
         (["cat", "x" * 600], "77"),
         (["cat", "very " * 90 + "long"], "77"),
     ],
@@ -223,7 +223,7 @@ def test_bad_words_are_refused(free, classes, says):
         free(photo(), classes)
 
 
-def test_words_are_read_as_meant():
+def test_formats_of_classes():
     groups = {"cat": ["cat"], "sofa": ["sofa", "couch"]}
     assert word_groups(" cat ,sofa|couch") == word_groups({"cat": "cat", "sofa": ("sofa", "couch")}) == groups
     assert word_groups(n for n in ("a", "b")) == {"a": ["a"], "b": ["b"]}
@@ -253,11 +253,11 @@ def test_new_words_are_embedded_once(free, tmp_path, monkeypatch):
     fresh = Segmenter(free.model, free.recipe, free.clip, cache=tmp_path)
     free_text = fresh.embeddings(word_groups("lamp, door"))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    monkeypatch.setattr(predict, "cached_class_embeddings", None)  # not to be called again
+    monkeypatch.setattr(predict, "cached_class_embeddings", None)  # calling it again would fail
     assert torch.equal(fresh.embeddings(word_groups("door, lamp")), free_text.flip(0))
 
 
-def test_the_small_clip_refuses_what_it_cannot_read(seg):
+def test_the_small_clip_refuses_unknown_words(seg):
     for word in ("cat", "seventeen", "🐈"):
         with pytest.raises(ValueError, match="30 of CLIP's 49408 rows"):
             seg(photo(), ["three", word])
@@ -267,25 +267,28 @@ def test_the_small_clip_refuses_what_it_cannot_read(seg):
 # masks
 
 
-def test_prediction_is_that_of_the_inference_module(seg):
-    """On a benchmark scene: no resizing, the recipe's stride and calibration, the trained classes' embeddings."""
+def test_prediction_equals_that_of_the_inference_module(seg):
+    """On a benchmark scene: without resizing, with the stored class embeddings."""
     x = SCENES[1]["image"]
-    want = predict_probs(seg.model, normalize(x)[None], stride=24)[0]
+    expected = predict_probs(seg.model, normalize(x)[None], stride=24)[0]
     r = seg(x, calibration=0.0)
-    assert torch.allclose(r.scores, want, atol=1e-5) and (r.labels == want.argmax(0).numpy()).all()
-    assert np.allclose(r.probabilities, want, atol=1e-5) and np.allclose(r.probability("six"), want[6], atol=1e-5)
+    assert torch.allclose(r.scores, expected, atol=1e-5) and (r.labels == expected.argmax(0).numpy()).all()
+    assert np.allclose(r.probabilities, expected, atol=1e-5) and np.allclose(
+        r.probability("six"), expected[6], atol=1e-5
+    )
 
 
 def test_shipped_model_knows_its_benchmark(seg):
     right = [(seg(item["image"]).labels == item["label"].numpy()).mean() for item in SCENES]
     assert np.mean(right) > 0.8
-    header = json.loads(predict.safe_open(DEFAULT_CHECKPOINT, "pt").metadata()["otseg"])
+    header = json.loads(safe_open(DEFAULT_CHECKPOINT, "pt").metadata()["otseg"])
     assert header["small_clip"] == sha256((ASSETS / "digits_clip.safetensors").read_bytes()).hexdigest(), (
-        "the small CLIP is another one than the shipped model was trained with: train, then `otseg export CHECKPOINT --half otseg/assets/digits_otseg.safetensors`"
+        "the shipped model was trained with another small CLIP: train, then run "
+        "`otseg export CHECKPOINT --half otseg/assets/digits_otseg.safetensors`"
     )
 
 
-def test_calibration_lowers_the_classes_with_labels_by_name(seg):
+def test_calibration_lowers_seen_classes_by_name(seg):
     plain, lowered = (seg(SCENES[0]["image"], "eight, brick, three", calibration=c).scores for c in (0.0, 0.3))
     assert seg.seen.isdisjoint({"seven", "eight", "nine", "gravel"})
     assert torch.allclose(lowered[0], plain[0]) and torch.allclose(lowered[1:], plain[1:] - 0.3, atol=1e-6)
@@ -308,7 +311,7 @@ def test_background_top_and_areas(free):
     assert r.areas.fraction.sum() == pytest.approx(1) and r.areas.pixels["cat"] == (r.labels == 0).sum()
     for wrong, says in (
         (dict(background=1.2), "background = 1.2"),
-        (dict(weight=-1), "weight = -1"),
+        (dict(mpsa_weight=-1), "mpsa_weight = -1"),
         (dict(calibration=2), "calibration = 2"),
         (dict(eps=0), "eps = 0"),
     ):
@@ -316,7 +319,7 @@ def test_background_top_and_areas(free):
             free(image, "cat, dog", **wrong)
     with pytest.raises(ValueError, match="top 4 of 3"):
         r.top(4)
-    with pytest.raises(ValueError, match="'background' is a class and a threshold"):
+    with pytest.raises(ValueError, match="'background' is both a class and a threshold"):
         free(image, "cat, background", background=0.5)
     with pytest.raises(ValueError, match="'cow' is not one of"):
         r.probability("cow")
@@ -325,7 +328,7 @@ def test_background_top_and_areas(free):
 def test_too_many_probabilities_are_refused():
     r = Result(Image.new("RGB", (20000, 2000)), tuple(map(str, range(40))), torch.zeros(40, 2, 20))
     with pytest.raises(ValueError, match="6 GB"):
-        r.probabilities
+        _ = r.probabilities
 
 
 def test_files(free, tmp_path):
@@ -338,7 +341,7 @@ def test_files(free, tmp_path):
         assert (masks.decode(a["segmentation"]) == (r.labels == a["category_id"])).all() and a[
             "area"
         ] == r.areas.pixels[a["category"]]
-    with pytest.raises(ValueError, match=".png or .json"):
+    with pytest.raises(ValueError, match="expected .png or .json"):
         r.save(tmp_path / "a.jpg")
 
 
@@ -355,13 +358,11 @@ def test_palette_of_the_dataset(free):
     ).colours is None
 
 
-def test_a_twin_shares_weights_and_changes_nothing(free):
+def test_with_words_shares_weights_and_changes_nothing(free):
     before = {name: t.clone() for name, t in free.model.state_dict().items()}
-    twin = with_words(free.model, torch.randn(3, 2, D), eps=0.3)
-    assert twin.encoder is free.model.encoder and next(twin.decoder.parameters()) is next(
-        free.model.decoder.parameters()
-    )
-    assert (twin.eps, twin.decoder.score.eps, free.model.eps, free.model.decoder.score.eps) == (0.3, 0.3, 0.05, 0.05)
+    new = with_words(free.model, torch.randn(3, 2, D), eps=0.3)
+    assert new.encoder is free.model.encoder and next(new.decoder.parameters()) is next(free.model.decoder.parameters())
+    assert (new.eps, new.decoder.score.eps, free.model.eps, free.model.decoder.score.eps) == (0.3, 0.3, 0.05, 0.05)
     assert all(torch.equal(t, before[name]) for name, t in free.model.state_dict().items())
 
 
@@ -385,24 +386,24 @@ def test_explanation_and_panel(seg):
 # loading
 
 
-def test_load_says_what_it_needs(tmp_path):
+def test_load_refuses_missing_and_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         otseg.load(tmp_path / "gone.safetensors")
     (tmp_path / "odd.pth").write_bytes(b"odd")
     with pytest.raises(ValueError, match="odd.pth"):
         otseg.load(tmp_path / "odd.pth")
     with pytest.raises(AttributeError, match="lod"):
-        otseg.lod
+        _ = otseg.lod
 
 
-def test_import_is_light():
+def test_import_does_not_load_torch():
     code = "import sys, otseg; assert 'torch' not in sys.modules; otseg.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
 def official(tmp_path):
-    """A small model under official names, and the CLIP that its words come from."""
+    """A small model with the parameter names of the official code, and its CLIP."""
     from otseg.official import official_name
 
     torch.manual_seed(1)
@@ -418,7 +419,7 @@ def official(tmp_path):
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     model = otseg.predict.OTSeg(clip.visual, torch.randn(20, 6, D), image_size=SIDE, visual_prompts=4)
     state = {official_name(name): t for name, t in model.state_dict().items() if name != "text"}
-    state["decode_head.loss_decode.criterion.empty_weight"] = torch.ones(16)  # 15 classes were trained, and one more
+    state["decode_head.loss_decode.criterion.empty_weight"] = torch.ones(16)  # one more than the 15 trained classes
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "iter.pth")
     return tmp_path
 
@@ -442,37 +443,40 @@ def test_official_checkpoints(official, monkeypatch):
 
 
 @pytest.mark.slow
-def test_notebook_works_at_once_and_on_files(tmp_path):
+def test_notebook_runs_with_its_defaults_in_any_folder(tmp_path):
     done, _ = papermill("predict", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_notebook_segments_files(tmp_path):
     photo(50, 40).save(tmp_path / "a.png")
     photo(40, 50, 1).save(tmp_path / "b.png")
-    done, _ = papermill(
+    run = run_cells(
         "predict",
-        tmp_path,
         images=f"{tmp_path}/a.png,{tmp_path}/b.png",
         classes="three, six|nine, page",
         eps=0.1,
-        weight=0.3,
+        mpsa_weight=0.3,
         calibration=0.1,
         background=0.2,
         explained="three",
         out=tmp_path / "masks",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [Image.open(p).size for p in sorted((tmp_path / "masks").iterdir())] == [(50, 40), (40, 50)]
+    sizes = {p.name: Image.open(p).size for p in (tmp_path / "masks").iterdir()}
+    assert sizes == {"a.png": (50, 40), "b.png": (40, 50)}
+    assert [r.names for r in run.names["results"].values()] == [("three", "six", "page", "background")] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "wrong, says",
+    "wrong, error, says",
     [
-        ({"image": "a.jpg"}, "unknown parameter image"),
-        ({"images": "gone.jpg"}, "no image at gone.jpg"),
-        ({"classes": "cat"}, "does not know 'cat'"),
+        ({"image": "a.jpg"}, ValueError, "unknown parameter image; this notebook takes images, "),
+        ({"weight": 0.5}, ValueError, "unknown parameter weight; .* mpsa_weight"),
+        ({"images": "gone.jpg"}, FileNotFoundError, "no image at gone.jpg"),
+        ({"classes": "cat"}, ValueError, "does not know 'cat'"),
     ],
     ids=str,
 )
-def test_notebook_refuses(tmp_path, wrong, says):
-    done, _ = papermill("predict", tmp_path, **wrong)
-    assert done.returncode != 0 and says in done.stderr
+def test_notebook_refuses(wrong, error, says):
+    with pytest.raises(error, match=says):
+        run_cells("predict", **wrong)
