@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from otseg import viz
+from otseg.evaluation import markdown, metrics_table
 
 NAMES = ["road", "sky", "cat", "dog"]
 g = torch.Generator().manual_seed(0)
@@ -83,12 +84,12 @@ def test_legend_has_the_present_classes_and_marks_the_unseen():
 def test_paint_is_exact():
     """Colours where a class is, white or the image where the label is ignored, stripes on unseen classes only."""
     mask, colors = np.array([[0, 255], [1, 1]]), np.eye(3)[:2]
-    out = viz._paint(mask, colors, unseen=[])
+    out = viz.paint(mask, colors, unseen=[])
     half = len(out) // 2
     assert (out[:half, :half] == colors[0]).all() and (out[:half, half:] == 1).all() and (out[half:] == colors[1]).all()
     under = np.full((2, 2, 3), 0.5)
-    assert (viz._paint(mask, colors, [], under)[:half, half:] == 0.5).all()
-    striped = viz._paint(mask, colors, unseen=[1])
+    assert (viz.paint(mask, colors, [], under)[:half, half:] == 0.5).all()
+    striped = viz.paint(mask, colors, unseen=[1])
     assert (striped[:half] == out[:half]).all() and 0.2 < (striped[half:] != out[half:]).any(-1).mean() < 0.5
 
 
@@ -108,7 +109,7 @@ def test_images_of_different_sizes():
 
 
 def test_plan_maps_are_relative_to_the_uniform_plan():
-    fig = viz.plan_maps(torch.full((12, 2), 1 / 24, requires_grad=True), 3, 4, visual_prompts=["a photo", "a part"])
+    fig = viz.plan_maps(torch.full((12, 2), 1 / 24, requires_grad=True), 3, 4, prompts=["a photo", "a part"])
     first, second, _ = fig.axes
     assert np.allclose(first.images[0].get_array(), 1) and first.images[0].get_array().shape == (3, 4)
     assert (first.get_title(), second.get_title()) == ("a photo", "a part")
@@ -157,9 +158,8 @@ def test_picture_is_small_and_faithful(tmp_path):
         (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK, MASK]}, NAMES), ["1 images", "2 masks of mps"]),
         (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK[1:]]}, NAMES), ["mps", "(23, 32)", "(24, 32)"]),
         (lambda: viz.plan_maps(torch.ones(12, 2), 3, 5), ["(1, 12, 2)", "3 x 5"]),
-        (lambda: viz.plan_maps(torch.ones(12, 2), 3, 4, visual_prompts=["a"]), ["2 prompts", "1 prompt"]),
+        (lambda: viz.plan_maps(torch.ones(12, 2), 3, 4, prompts=["a"]), ["2 prompts", "1 prompt"]),
         (lambda: viz.curves(pd.DataFrame({"step": [1]})), ["step", "iteration"]),
-        (lambda: viz.metrics_table({"method": "OTSeg", "value": 1}), ["commit", "published_table"]),
     ],
 )
 def test_refusals_name_both_values(call, words):
@@ -182,17 +182,17 @@ def record(seed=0, unseen=0.25):
 
 
 def test_metrics_table_is_in_percent():
-    table = viz.metrics_table(record(0), record(1), record(2, None))
+    table = metrics_table(record(0), record(1), record(2, None))
     assert list(table) == ["pAcc", "S", "U", "hIoU"] and len(table) == 6
     row = table.loc[("digits", 0, "inductive", "otseg", 1, "mps")]
     assert row.tolist() == pytest.approx([90, 50, 25, 100 / 3])
     assert table.xs(2, level="seed")[["U", "hIoU"]].isna().all(axis=None)
-    assert viz.metrics_table().empty
+    assert metrics_table().empty
 
 
 def test_markdown():
     table = pd.DataFrame({"S": [50.0, np.nan]}, index=pd.Index(["a|b", "c"], name="path"))
-    assert viz.markdown(table).splitlines() == ["| path | S |", "| --- | ---: |", "| a\\|b | 50.0 |", "| c | – |"]
+    assert markdown(table).splitlines() == ["| path | S |", "| --- | ---: |", "| a\\|b | 50.0 |", "| c | – |"]
 
 
 def test_numbers_stand_in_their_regions_and_in_the_legend():
@@ -207,12 +207,13 @@ def test_numbers_stand_in_their_regions_and_in_the_legend():
     assert len(fig.axes[1].texts) == 3
 
 
-def test_evidence_has_two_rows_for_each_class_and_three_scales():
+def test_an_explanation_has_two_rows_for_each_class_and_three_scales():
     n, r = 3, 2
     maps = [torch.rand(r, n, 6, 8), torch.rand(r, n, 6, 8), torch.rand(r, 6, 8), torch.rand(r, 6, 8)]
-    fig = viz.evidence(IMAGE, MASK, NAMES, [2, 3], *maps, ["a", "b", "c"])
+    mask = torch.tensor([255, 255, 0, 1])[MASK.clamp(max=3)]
+    fig = viz.plot_explanation(IMAGE, mask, viz.ClassMaps(NAMES[2:], ["a", "b", "c"], *maps))
     assert len(fig.axes) == 2 * r * (n + 2) + 3
     assert [a.get_xlabel() for a in fig.axes[-3:]] == ["score", "mass (uniform = 1)", "logit"]
     assert np.allclose(fig.axes[n + 3].images[0].get_array(), maps[1][0, 0])
     with pytest.raises(ValueError, match="2 classes and 1 prompt titles but plans of 2 classes and 3 prompts"):
-        viz.evidence(IMAGE, MASK, NAMES, [2, 3], *maps, ["a"])
+        viz.ClassMaps(NAMES[2:], ["a"], *maps)
