@@ -20,7 +20,7 @@ from .inference import window_starts
 from .model import OTSeg
 from .mps import cosine
 from .predict import Result, Segmenter, with_words
-from .viz import plot_explanation
+from .viz import ClassMaps, plot_explanation
 
 # %% ../nbs/32_explain.ipynb #0e320001
 def token_maps(
@@ -98,18 +98,10 @@ def explain(
     h, w = x.shape[-2:]
     model = with_words(seg.model, seg.embeddings(groups), options.get("eps"))
     maps = window_maps(model, x, [result.classes.index(name) for name in shown], seg.recipe.stride)
-    return plot_explanation(
-        np.asarray(result.image.resize((w, h), Image.BILINEAR)).transpose(2, 0, 1),
-        mask_of(result, shown, (h, w)),
-        names=shown,
-        shown=range(len(shown)),
-        score=maps["score"],
-        plan=maps["plan"],
-        mps=maps["mps"],
-        mpsa=maps["mpsa"],
-        prompts=[template.replace(" of ", "\nof ") for template in seg.recipe.text_prompts],
-        palette=result.colours_of(shown),
-    )
+    photo = np.asarray(result.image.resize((w, h), Image.BILINEAR)).transpose(2, 0, 1)
+    prompts = [template.replace(" of ", "\nof ") for template in seg.recipe.text_prompts]
+    maps = ClassMaps(shown, prompts, **{name: maps[name] for name in ("score", "plan", "mps", "mpsa")})
+    return plot_explanation(photo, mask_of(result, shown, (h, w)), maps, palette=result.colours_of(shown))
 
 # %% ../nbs/32_explain.ipynb #0e320009
 def import_widgets():
