@@ -22,7 +22,7 @@ def window_starts(
     window: int,  # side of the window, pixels
     stride: int,  # pixels
 ) -> list[int]:  # first pixel of each window
-    "Starts of the windows that cover one axis. Raises ValueError where the stride leaves gaps."
+    "Starts of the windows that cover one axis. Raises ValueError: if the stride leaves gaps."
     if not 0 < stride <= window:
         raise ValueError(
             f"stride = {stride} with window = {window}: the stride must be between 1 and the window's side"
@@ -36,7 +36,7 @@ def window_masks(
     image: Tensor,  # normalised (b, 3, H, W)
     window: int,  # side, pixels
     stride: int,  # pixels
-    batch: int | None = None,  # windows in one forward pass; 16 by default, on a CPU, which gains nothing from more, 2
+    batch: int | None = None,  # windows per forward pass; None: 16 on a GPU, 2 on a CPU
 ) -> tuple[list[tuple[int, int]], Masks]:  # corners (y, x) of the windows, logits (windows, b, k, h, w)
     "Mask logits of every window, at token resolution."
     H, W = image.shape[-2:]
@@ -50,13 +50,13 @@ def window_masks(
 
 # %% ../nbs/22_inference.ipynb #0d9b4dae
 def blend(
-    corners: list[tuple[int, int]],  # of the windows, as `window_masks` gives them
+    corners: list[tuple[int, int]],  # of the windows, from `window_masks`
     masks: Masks,  # their logits
     size: tuple[int, int],  # of the image, pixels (H, W)
     patch: tuple[int, int],  # of the model, pixels
-    mpsa_weight: float,  # lambda: 1 is the decoder's path alone, 0 the other
+    mpsa_weight: float,  # lambda: 1 is the MPSA path alone, 0 the MPS path
 ) -> Tensor:  # probabilities (b, k, H, W)
-    "Both paths mixed, upsample_in_bands, and averaged over the windows."
+    "Mix both paths, upsample, and average over the windows."
     logits = torch.lerp(masks.mps.float(), masks.mpsa.float(), mpsa_weight)  # (windows, b, k, h, w)
     h, w = (side * p for side, p in zip(logits.shape[-2:], patch))
     total = logits.new_zeros(*logits.shape[1:3], *size)
@@ -75,8 +75,8 @@ def class_maps(
     image_size: tuple[int, int],  # (H, W), pixels
     patch: tuple[int, int],  # of the model, pixels
     mpsa_weight: float,  # lambda
-    lower: Tensor,  # (k,) what the calibration takes from each class
-    size: tuple[int, int] | None,  # of the maps; the image's by default
+    lower: Tensor,  # (k,) subtracted from the probability of each class
+    size: tuple[int, int] | None,  # of the maps; None: that of the image
 ) -> Iterator[tuple[slice, Tensor]]:  # classes, their probabilities (b, classes, H, W)
     "Probabilities of a few classes at a time."
     size = image_size if size is None else size
@@ -89,7 +89,7 @@ def class_maps(
 
 
 def calibration_offsets(k: int, seen: Iterable[int] | None, calibration: float) -> Tensor:
-    "What the calibration takes from each class (k,)."
+    "Calibration of each class (k,): `calibration` for seen classes, else 0."
     lower = torch.zeros(k)
     if seen is not None:
         lower[torch.tensor([int(i) for i in seen], dtype=torch.long)] = calibration
@@ -101,11 +101,11 @@ def predict_probs(
     model: nn.Module,  # OTSeg in eval mode
     image: Tensor,  # normalised (b, 3, H, W)
     seen: Iterable[int] | None = None,  # classes that the calibration lowers; None: none
-    calibration: float = 0.1,  # by how much, in units of probability
-    mpsa_weight: float = 0.5,  # lambda: share of the decoder's path
-    window: int | None = None,  # side of the sliding window, pixels; the model's image size by default
-    stride: int | None = None,  # pixels; five sixths of the window by default
-    size: tuple[int, int] | None = None,  # resize the result to (H, W), the image's original size, say
+    calibration: float = 0.1,  # subtracted from the probability of seen classes
+    mpsa_weight: float = 0.5,  # lambda: weight of the MPSA path
+    window: int | None = None,  # side of the sliding window, pixels; None: the image size of the model
+    stride: int | None = None,  # pixels; None: five sixths of the window
+    size: tuple[int, int] | None = None,  # resize the result to (H, W), for example the original size of the image
 ) -> Tensor:  # (b, k, H, W); with calibration, seen classes range from -calibration
     "Probability of each class at each pixel (Section 3.4 of the paper), by sliding window."
     window, image_size = model.image_size if window is None else window, tuple(image.shape[-2:])
@@ -113,15 +113,8 @@ def predict_probs(
     b, k = masks.mps.shape[1:3]
     out = torch.empty(b, k, *(image_size if size is None else size), device=image.device)
     size = None if size is None else tuple(size)
-    for part, prob in class_maps(
-        corners,
-        masks,
-        image_size,
-        model.encoder.visual.patch_size,
-        mpsa_weight,
-        calibration_offsets(k, seen, calibration),
-        size,
-    ):
+    patch, lower = model.encoder.visual.patch_size, calibration_offsets(k, seen, calibration)
+    for part, prob in class_maps(corners, masks, image_size, patch, mpsa_weight, lower, size):
         out[:, part] = prob
     return out
 
@@ -133,27 +126,26 @@ PATH_WEIGHTS = {"mps": 0.0, "mpsa": 1.0, "ensemble": 0.5}  # path -> lambda
 def predict_paths(
     model: nn.Module,  # OTSeg in eval mode
     image: Tensor,  # normalised (b, 3, H, W)
-    paths: Iterable = tuple(PATH_WEIGHTS),  # of PATH_WEIGHTS, or numbers lambda
+    paths: Iterable = tuple(PATH_WEIGHTS),  # keys of PATH_WEIGHTS, or values of lambda
     seen: Iterable[int] | None = None,  # classes that the calibration lowers; None: none
-    calibration: float = 0.1,  # in units of probability
-    window: int | None = None,  # pixels; the model's image size by default
-    stride: int | None = None,  # pixels; five sixths of the window by default
-    size: tuple[int, int] | None = None,  # of the label maps; the image's by default
+    calibration: float = 0.1,  # subtracted from the probability of seen classes
+    window: int | None = None,  # side of the sliding window, pixels; None: the image size of the model
+    stride: int | None = None,  # pixels; None: five sixths of the window
+    size: tuple[int, int] | None = None,  # of the label maps; None: that of the image
 ) -> dict[str, Tensor]:  # path -> label map (b, H, W)
-    "Predicted class of each pixel by each path."
+    "Predicted class of each pixel by each path. Raises ValueError: if a path is unknown."
     window = model.image_size if window is None else window
     corners, masks = window_masks(model, image, window, round(window * 5 / 6) if stride is None else stride)
     if wrong := [path for path in paths if isinstance(path, str) and path not in PATH_WEIGHTS]:
         raise ValueError(f"path {wrong[0]!r} is not one of {', '.join(PATH_WEIGHTS)}, nor a number")
     image_size, lower = tuple(image.shape[-2:]), calibration_offsets(masks.mps.shape[2], seen, calibration)
-    size = image_size if size is None else tuple(size)
+    size, patch = image_size if size is None else tuple(size), model.encoder.visual.patch_size
     pred = {}
     for path in paths:
         best = torch.full((len(image), *size), -torch.inf, device=image.device)
         pred[path] = torch.zeros_like(best, dtype=torch.long)
-        for part, prob in class_maps(
-            corners, masks, image_size, model.encoder.visual.patch_size, PATH_WEIGHTS.get(path, path), lower, size
-        ):
+        weight = PATH_WEIGHTS.get(path, path)
+        for part, prob in class_maps(corners, masks, image_size, patch, weight, lower, size):
             for i, p in enumerate(prob.unbind(1), part.start):
                 pred[path].masked_fill_(p > best, i)
                 torch.maximum(best, p, out=best)
