@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import PATCH, SIDE, K, close, evaluate, random_image, random_text, small_model
 
 from otseg.images import IGNORE, normalize
-from otseg.inference import predict_paths, predict_probs, window_masks, window_starts
+from otseg.inference import PATH_WEIGHTS, predict_paths, predict_probs, window_masks, window_starts
 from otseg.metrics import zs3_metrics
 
 SEEN, UNSEEN = (0, 2, 3), (1, 4)
@@ -105,12 +105,12 @@ def test_sides_need_not_be_whole_patches(h, w):
 # paths, calibration, size
 
 
-@pytest.mark.parametrize("path", WEIGHTS)
+@pytest.mark.parametrize("path", PATH_WEIGHTS)
 @torch.no_grad()
 def test_weight_of_the_paths(path):
     model, image = small_model(), random_image()
     close(
-        predict_probs(model, image, weight=WEIGHTS[path]),
+        predict_probs(model, image, weight=PATH_WEIGHTS[path]),
         window_prob(model, image, {"mps": 0, "mpsa": 1, "ensemble": 0.5}[path]),
     )
 
@@ -152,7 +152,7 @@ def test_size(size):
 def test_label_maps_are_the_arg_max_of_the_probabilities(options):
     model, image = small_model(), random_image(2, 40, 48)
     for path, pred in predict_paths(model, image, **options).items():
-        assert torch.equal(pred, predict_probs(model, image, weight=WEIGHTS[path], **options).argmax(1))
+        assert torch.equal(pred, predict_probs(model, image, weight=PATH_WEIGHTS[path], **options).argmax(1))
 
 
 def test_seen_may_be_any_iterable():
@@ -198,7 +198,7 @@ def test_evaluate_by_hand(label_sizes, calibration):
     "One confusion matrix over all images, predictions at the label's size."
     model, data = small_model(), dataset(label_sizes=label_sizes)
     scores = evaluate(model, data, UNSEEN, calibration, stride=16)
-    for path, weight in WEIGHTS.items():
+    for path, weight in PATH_WEIGHTS.items():
         matrix = torch.zeros(K, K, dtype=torch.long)
         for item in data:
             prob = predict_probs(
@@ -209,7 +209,7 @@ def test_evaluate_by_hand(label_sizes, calibration):
                     matrix[truth, pred] += 1
         want = zs3_metrics(matrix, SEEN, UNSEEN)
         assert torch.equal(scores[path].pop("iou"), want.pop("iou")) and scores[path] == want
-    assert list(scores) == list(WEIGHTS)
+    assert list(scores) == list(PATH_WEIGHTS)
 
 
 def test_evaluate_without_dropout_and_gives_the_mode_back():
