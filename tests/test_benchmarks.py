@@ -10,8 +10,8 @@ from helpers import close, papermill
 from otseg.benchmarks import BenchmarkSource, load_benchmark
 from otseg.cli import main
 from otseg.evaluation import evaluate_checkpoint
-from otseg.official import convert, official_name
 from otseg.models import load_model, read_checkpoint
+from otseg.official import convert, official_name
 from otseg.recipes import resolve
 from otseg.training import fit
 

@@ -16,7 +16,7 @@ from otseg.checks import check
 from otseg.cli import main
 from otseg.data import EvalView, TrainCrops, generator, photometric_distortion, scale_saturation
 from otseg.folders import LAYOUTS, find_root, id_table, released
-from otseg.images import IGNORE, Unreadable, fit_size, read_label, read_image, resize, resize_label
+from otseg.images import IGNORE, Unreadable, fit_size, read_image, read_label, resize, resize_label
 from otseg.recipes import resolve
 from otseg.steps import lr_at
 

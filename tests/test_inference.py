@@ -110,7 +110,7 @@ def test_sides_need_not_be_whole_patches(h, w):
 def test_weight_of_the_paths(path):
     model, image = small_model(), random_image()
     close(
-        predict_probs(model, image, weight=PATH_WEIGHTS[path]),
+        predict_probs(model, image, mpsa_weight=PATH_WEIGHTS[path]),
         window_prob(model, image, {"mps": 0, "mpsa": 1, "ensemble": 0.5}[path]),
     )
 
@@ -152,7 +152,7 @@ def test_size(size):
 def test_label_maps_are_the_arg_max_of_the_probabilities(options):
     model, image = small_model(), random_image(2, 40, 48)
     for path, pred in predict_paths(model, image, **options).items():
-        assert torch.equal(pred, predict_probs(model, image, weight=PATH_WEIGHTS[path], **options).argmax(1))
+        assert torch.equal(pred, predict_probs(model, image, mpsa_weight=PATH_WEIGHTS[path], **options).argmax(1))
 
 
 def test_seen_may_be_any_iterable():

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from otseg.benchmarks import BenchmarkSource, load_benchmark
-from otseg.checks import check
 from otseg.checkpoints import read_tensors, write_tensors
+from otseg.checks import check
 from otseg.clip import load_clip
 from otseg.folders import Part, pairs, read_description
-from otseg.images import Unreadable, read_label, read_image
-from otseg.official import official_report, read_official
+from otseg.images import Unreadable, read_image, read_label
 from otseg.models import load_model, read_checkpoint
+from otseg.official import official_report, read_official
 from otseg.recipes import resolve
 from otseg.training import fit
 
@@ -139,7 +139,14 @@ def test_headers_and_tensors_that_do_not_fit(trained, tmp_path, change, says):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("attention", "softmax"), ("image_size", 48), ("eps", 0.1), ("depth", 3), ("visual_prompts", 3), ("num_templates", 3)],
+    [
+        ("attention", "softmax"),
+        ("image_size", 48),
+        ("eps", 0.1),
+        ("depth", 3),
+        ("visual_prompts", 3),
+        ("num_templates", 3),
+    ],
 )
 def test_another_model_as_the_start(trained, tmp_path, name, value):
     "Also where the shapes agree."
