@@ -31,9 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from .model import OTSeg
+from .steps import bf16_is_emulated
 from .tables import check_counts
 from .tasks import OPTIONAL_PACKAGES, SIZES, TASKS
-from .steps import bf16_is_emulated
 
 # %% ../nbs/46_bench.ipynb #4e5dd9fb
 def flops(

@@ -1,4 +1,4 @@
-"""Training, transductive training, evaluation and evaluation across datasets through papermill, on miniatures of every layout and a random small CLIP."""
+"""Training and evaluation on miniatures of every layout with a random small CLIP, through papermill and from Python."""
 
 import json
 
@@ -158,7 +158,7 @@ def test_a_missing_dataset_stops_the_notebook(tmp_path, weights):
 def test_settings_that_need_unseen_classes(forest, weights, tmp_path):
     with pytest.raises(
         ValueError,
-        match="the setting inductive needs unseen and seen classes, but 0 of the 150 classes of ade are unseen: name some",
+        match="needs unseen and seen classes, but 0 of the 150 classes of ade are unseen: name some",
     ):
         fit(resolve("ade", **SMALL), tmp_path, root=forest, clip_weights=weights, progress=False)
     assert not list(tmp_path.iterdir())

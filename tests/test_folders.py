@@ -431,7 +431,7 @@ def test_training_view(forest):
 
 
 def test_image_and_label_move_together():
-    "With labels drawn as colours, every pixel of every view keeps its colour's label, up to the edges that interpolation blurs."
+    "If labels are drawn as colours, each pixel of a view has the label of its colour, except at blurred edges."
 
     class Drawn(torch.utils.data.Dataset):
         def __len__(self):

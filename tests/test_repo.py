@@ -111,7 +111,7 @@ def test_no_number_is_used_twice():
 
 @pytest.mark.parametrize("module", sorted(NUMBERED))
 def test_module_imports_only_earlier_notebooks(module):
-    "No import circle is possible then. Exceptions: `ot` and `losses` call GPU kernels, and `otseg tables` is a command."
+    "No import circle is possible then. Exceptions: `ot` and `losses` call GPU kernels; `otseg tables` is a command."
     later = {name for name in imports_of(ROOT / f"otseg/{module}.py") if NUMBERED.get(name, "") > NUMBERED[module]}
     assert later == {"ot": {"kernel"}, "losses": {"loss_kernel"}, "cli": {"tables"}}.get(module, set())
     assert not imports_of(ROOT / "otseg/kernel.py") and imports_of(ROOT / "otseg/loss_kernel.py") == {"upsampling"}

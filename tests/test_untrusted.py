@@ -1,4 +1,4 @@
-"""Files from somebody else: nothing in them is run, nothing outside of their folder is read, and what does not fit is named."""
+"""Untrusted files: no code in them runs, nothing outside their folder is read, and errors name what does not fit."""
 
 import io
 import json

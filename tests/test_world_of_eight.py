@@ -82,7 +82,7 @@ def test_every_validation_image_counts_once():
 
 @pytest.mark.slow
 def test_the_losses_are_divided_by_the_mean_number_of_masks():
-    """The pretended sums leave a process with its own masks; divided by eight, they make its losses eight times larger."""
+    """The pretended sums leave each process its own masks; divided by eight, the losses are eight times larger."""
     alone = run_steps()
     torch.testing.assert_close(alone[0], alone[1], rtol=1e-5, atol=0)
     for rank in (0, 7):
