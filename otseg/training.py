@@ -111,13 +111,8 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
         check_same_model(header["recipe"], recipe, init)
     trainer = make_trainer(model, recipe, bench, accelerator, options.per_device)
     workers = default_workers(recipe.dataset) if options.workers is None else options.workers
-    return Run(
-        **vars(trainer),
-        options=options,
-        crops=TrainCrops(train, recipe, table),
-        val=EvalView(val, recipe),
-        workers=workers,
-    )
+    views = dict(crops=TrainCrops(train, recipe, table), val=EvalView(val, recipe))
+    return Run(**vars(trainer), **views, options=options, workers=workers)
 
 # %% ../nbs/28_training.ipynb #5d8fe4fc
 def ignore_ctrl_c(worker: int):
