@@ -137,16 +137,17 @@ def kernels(report, device, sizes):
         p, n, m = C.shape
         mu = torch.full((p, m), 1 / m) if mu is None else mu
         nu = torch.full((p, n), 1 / n) if nu is None else nu
-        T, done = kernel.solve_fused(C.to(device), mu.to(device), nu.to(device), eps, 100, 1e-6, **ot.KERNEL_CONSTANTS)
+        C, mu, nu = C.to(device), mu.to(device), nu.to(device)
+        T, done = kernel.solve_fused(C, mu, nu, eps, 100, 1e-6, **ot.KERNEL_CONSTANTS)
         want, want_done = ot.solve_plan(C.double(), mu.double(), nu.double(), eps, 100, 1e-9)
-        grad = torch.randn(C.shape, generator=torch.Generator().manual_seed(1))
-        ours = kernel.gradient_fused(T, grad.to(device), eps, ot.RIDGE)
+        grad = torch.randn(C.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        ours = kernel.gradient_fused(T, grad, eps, ot.RIDGE)
         # the gradient of the same plan, so that its error is that of the kernel alone
-        theirs = ot.plan_gradient(T.cpu().double(), grad.double(), eps)
+        theirs = ot.plan_gradient(T.double(), grad.double(), eps)
         # relative to the terms whose difference the gradient is: at a sharp eps they cancel almost completely
-        scales = ((T.cpu() * grad).abs().amax() / eps, grad.abs().amax(), grad.abs().amax())
+        scales = ((T * grad).abs().amax() / eps, grad.abs().amax(), grad.abs().amax())
         errors = {
-            f"error_grad_{name}": float((a.cpu() - b).abs().amax() / scale)
+            f"error_grad_{name}": float((a - b).abs().amax() / scale)
             for name, a, b, scale in zip(("cost", "mu", "nu"), ours, theirs, scales)
         }
         report.row(
@@ -157,8 +158,8 @@ def kernels(report, device, sizes):
             prompts=n,
             converged=int(done.sum()),
             converged_tensor_code=int(want_done.sum()),
-            error_plan=float((T.cpu() - want).abs().amax() / want.abs().amax().clamp_min(1e-30)),
-            error_marginal=float((T.sum(-1).cpu() - nu).abs().amax()),
+            error_plan=float((T - want).abs().amax() / want.abs().amax().clamp_min(1e-30)),
+            error_marginal=float((T.sum(-1) - nu).abs().amax()),
             **errors,
         )
 
@@ -660,14 +661,14 @@ def loading(report, device, sizes):
 
 PARTS = {  # name -> (function, seconds on a GPU, seconds on a CPU)
     "facts": (facts, 30, 60),
-    "kernels": (kernels, 90, 240),
+    "kernels": (kernels, 60, 240),
     "parity": (parity, 40, 120),
-    "transport": (transport, 80, 120),
-    "step": (step, 170, 240),
-    "tests": (tests, 100, 240),
+    "transport": (transport, 50, 120),
+    "step": (step, 120, 240),
+    "tests": (tests, 90, 240),
     "inference": (inference, 40, 120),
-    "digits": (digits, 140, 300),
     "loading": (loading, 40, 120),
+    "digits": (digits, 140, 300),
 }
 VIT = dict(width=768, layers=12, heads=12, patch=16, image_size=224, dim=512)
 SMALL = dict(width=32, layers=2, heads=2, patch=16, image_size=64, dim=16)
@@ -820,7 +821,7 @@ def main():
     parser.add_argument("--parts", help=f"comma-separated, of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, help="folder (default: results/benchmarks, or runs/gpu for a CPU)")
     parser.add_argument("--name", help="of the files (default: from the device)")
-    parser.add_argument("--seconds", type=float, help="time limit of all parts together (default: 600 on a GPU)")
+    parser.add_argument("--seconds", type=float, help="time limit of all parts together (default: 360 on a GPU)")
     parser.add_argument("--wheels", default=os.environ.get("WHEELS"), help="folder of wheels to install from")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
@@ -851,7 +852,7 @@ def main():
         "commit": git or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
-    rows, end = [], time.time() + (options.seconds or (600 if device == "cuda" else 1500))
+    rows, end = [], time.time() + (options.seconds or (360 if device == "cuda" else 1500))
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             print(f"{part}: {PARTS[part][0].__doc__.splitlines()[0]}", flush=True)
