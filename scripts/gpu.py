@@ -285,7 +285,9 @@ def parity(report, device, sizes):
 
 def tests(report, device, sizes):
     """The tests that use a GPU."""
-    files = [f"tests/{name}.py" for name in ("test_devices", "test_kernel", "test_precision", "test_ot")]
+    files = [
+        f"tests/{name}.py" for name in ("test_devices", "test_kernel", "test_loss_kernel", "test_precision", "test_ot")
+    ]
     command = [
         sys.executable,
         "-m",
