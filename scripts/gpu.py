@@ -823,6 +823,7 @@ def main():
     parser.add_argument("--parts", help=f"comma-separated, of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, help="folder (default: results/benchmarks, or runs/gpu for a CPU)")
     parser.add_argument("--name", help="of the files (default: from the device)")
+    parser.add_argument("--commit", help="of the code, if this folder is a copy without its history")
     parser.add_argument("--seconds", type=float, help="time limit of all parts together (default: 360 on a GPU)")
     parser.add_argument("--wheels", default=os.environ.get("WHEELS"), help="folder of wheels to install from")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -851,7 +852,7 @@ def main():
         "name": title,
         "device": device,
         "command": f"python scripts/gpu.py --device {device}",
-        "commit": git or "unknown",
+        "commit": options.commit or git or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
     rows, end = [], time.time() + (options.seconds or (360 if device == "cuda" else 1500))
