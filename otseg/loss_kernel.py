@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_NUMBERS', 'ROWS', 'COLUMNS', 'NUM_WARPS', 'fits', 'launch', 'fused_mask_losses']
 
-# %% ../nbs/40_loss_kernel.ipynb #5ee29bbb
+# %% ../nbs/40_loss_kernel.ipynb #46bb591c
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +19,7 @@ try:
 except ImportError:  # Triton does not exist for this platform: `fits` returns False
     triton = None
 
-# %% ../nbs/40_loss_kernel.ipynb #d1d10606
+# %% ../nbs/40_loss_kernel.ipynb #bcd6c14f
 if triton:
 
     @triton.jit
@@ -42,7 +42,7 @@ if triton:
         c = tl.load(at + tl.minimum(left + 1, w - 1), mask=inside, other=0.0)
         return (1.0 - part) * a + part * c
 
-# %% ../nbs/40_loss_kernel.ipynb #1b19b35b
+# %% ../nbs/40_loss_kernel.ipynb #ef530348
 if triton:
 
     @triton.jit
@@ -136,7 +136,7 @@ if triton:
             tl.store(at + 2 * chosen * strips, tl.sum(py_sum, 0))
             tl.store(at + 3 * chosen * strips, tl.sum(y_sum, 0))
 
-# %% ../nbs/40_loss_kernel.ipynb #d898c744
+# %% ../nbs/40_loss_kernel.ipynb #098fe060
 GROUP_NUMBERS = 2**26  # numbers of a gradient at full width: 256 MB of float32
 ROWS, COLUMNS = 8, 64  # of a tile
 NUM_WARPS = 1
