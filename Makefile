@@ -12,10 +12,17 @@ installed := $(VENV)/installed
 
 .PHONY: demo test gpu lint jupyter readme export clean
 
-# The terminal shows what the notebook prints while it runs.
+# The terminal shows the last line of the training log every ten seconds.
 demo: $(installed)
 	mkdir -p runs
-	OMP_NUM_THREADS=$(THREADS) $(bin)/papermill nbs/train.ipynb runs/digits.ipynb -p dataset digits -p setting all
+	@echo "Training an inductive and a transductive run: a few minutes"
+	@OMP_NUM_THREADS=$(THREADS) $(bin)/papermill nbs/train.ipynb runs/digits.ipynb -p dataset digits -p setting all & \
+	pid=$$!; \
+	while kill -0 $$pid 2>/dev/null; do \
+		sleep 10; log=$$(ls -t runs/digits/*/log.jsonl 2>/dev/null | head -n 1); \
+		[ -z "$$log" ] || echo "  $$(tail -n 1 "$$log" | cut -c 1-110)"; \
+	done; \
+	wait $$pid
 	@echo; cat runs/digits/table.md
 	@echo; echo "Executed notebook: runs/digits.ipynb"; echo "Pictures:"; ls runs/digits/*.png
 
