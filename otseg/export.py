@@ -39,7 +39,7 @@ def eliminate(
 
 # %% ../nbs/33_export.ipynb #86945ba1
 STEPS = 14  # Newton steps in an exported graph
-RIDGE, LEAST_RIDGE = 1e-6, 1e-12  # added to the diagonal, relative to the mass of the prompt and absolute
+RIDGE, LEAST_RIDGE = 1e-6, 1e-12  # of the diagonal, relative and absolute: float32 needs more than `otseg.ot.RIDGE`
 LEAST_MASS, LEAST_LENGTH = 1e-37, 1e-6  # avoid the logarithm of 0 and a division by 0
 
 
