@@ -453,7 +453,7 @@ def step(report, device, sizes):
                 if not compiled:
                     values |= kernel_shares(run)
             loss = measure_losses(trainer, data, device, sizes["step_repeats"], mixed)
-            values |= {"losses_ms": loss, "share_losses": 100 * loss / values["ms"]}
+            values["losses_ms"] = loss
             report.row(what, dataset=dataset, batch=batch, precision=name, compiled=compiled, **values)
             if device == "cuda" and name == "bf16" and not compiled and batch == sizes["batches"][-1]:
                 report.row(f"slowest kernels of {what}", **slowest_kernels(run))
