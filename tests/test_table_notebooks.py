@@ -23,7 +23,7 @@ from otseg.models import DEFAULT_CHECKPOINT
 from otseg.predict import load
 from otseg.recipes import resolve, run_name
 from otseg.tables import NOT_RUN, ROWS, read_record
-from otseg.viz import prompt_rows
+from otseg.viz import PromptRow, prompt_rows
 
 RESULTS = ROOT / "results"
 TINY_RUNS = TINY | dict(settings="inductive", seeds=1, stride=48, workers=0)
@@ -275,7 +275,7 @@ def test_maps_of_the_last_layer_have_mean_one():
 
 def test_rows_of_prompts_share_scales_and_may_be_short():
     image, maps = torch.rand(3, 8, 8), torch.rand(3, 8, 8)
-    rows = [("a", "mass", "", image, 4 * maps, "", maps[0]), ("b", "mass", "", image, maps[:1], "", maps[0])]
+    rows = [PromptRow(name, "mass", "", image, own, "", maps[0]) for name, own in (("a", 4 * maps), ("b", maps[:1]))]
     axes = prompt_rows(rows, list("xyz")).axes[:10]
     shown = [ax.images[0] for ax in axes if ax.images]
     assert len({image.get_clim() for image in shown if image.get_cmap().name == "cividis"}) == 1
