@@ -27,10 +27,10 @@ demo: $(installed)
 	@echo; echo "Executed notebook: runs/digits.ipynb"; echo "Pictures:"; ls runs/digits/*.png
 
 # nbdev runs the numbered notebooks and the index; tests run the others. Triton reads TRITON_INTERPRET when it is imported:
-# the kernels of 41_kernel then run on the CPU.
+# the kernels then run on the CPU. One thread each: several notebooks or tests run at a time.
 test: $(installed)
-	TRITON_INTERPRET=1 $(bin)/nbdev_test --file_re '^(\d\d_|index)'
-	$(bin)/python -m pytest -n $(JOBS) --dist loadfile tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(bin)/nbdev_test --file_re '^(\d\d_|index)'
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 # GPU: verifies and measures it in 6 minutes; DEVICE=cpu tries everything with tiny sizes; WHEELS=FOLDER installs from there.
 # It needs no installation by this file: PYTHON runs it where there is no VENV.
