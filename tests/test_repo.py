@@ -140,6 +140,7 @@ def test_notebook_is_clean(path):
         for output in cell["outputs"]:
             assert output["output_type"] != "error", f"a committed traceback: {output.get('ename')}"
             assert output.get("execution_count") is None, "run `nbdev_clean`"
+            assert not re.search(r"\d+%\||it/s\]", json.dumps(output)), "a committed progress bar"
     assert path.stat().st_size < 200_000, "over 200 kB: fewer or smaller pictures"
 
 
