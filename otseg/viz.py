@@ -265,13 +265,13 @@ def plan_maps(
             f"plan has {k} classes and {n} prompts but got {len(names)} names and {len(prompts)} prompt titles"
         )
     maps, first = (m * n * T).reshape(k, h, w, n).numpy(), image is not None
-    top = max(colour_limit(maps), 1.01)
+    style = mass_style_of(maps)
     fig, axes = make_axes(k, n + first, 1.6, 1.5 * h / w + 0.25)
     for row, name, plans in zip(axes, names, maps):
         if first:
             row[0].imshow(to_rgb_array(image))
         for j, ax in enumerate(row[int(first) :]):
-            heat = ax.imshow(plans[..., j], cmap="cividis", vmin=0, vmax=top)
+            heat = ax.imshow(plans[..., j], **style)
         row[0].set_ylabel(name)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])

@@ -260,7 +260,7 @@ def test_every_tensor_is_accounted_for():
         (lambda s: s.clear(), "not the weights of an official OTSeg"),
     ],
 )
-def test_what_does_not_fit(change, why):
+def test_a_checkpoint_that_does_not_fit_is_refused(change, why):
     state = dict(state_dict())
     change(state)
     with pytest.raises(ValueError, match=why):
@@ -280,7 +280,7 @@ def test_other_files(tmp_path):
         read_official(tmp_path / "clip.pth")
 
 
-def test_no_pickle_is_run(tmp_path):
+def test_code_in_a_pickle_is_not_executed(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
@@ -318,14 +318,14 @@ def test_sizes_of_the_released_files():
     )
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     state = state_dict()
     before = {name: value.clone() for name, value in state.items()}
     ours, _ = read_official(state)
     assert state.keys() == before.keys() and all(torch.equal(v, before[n]) for n, v in state.items())
 
 
-def test_no_head_number_that_does_not_divide(tmp_path):
+def test_heads_must_divide_the_width(tmp_path):
     with pytest.raises(ValueError, match="5 heads do not divide the width 64"):
         convert(checkpoint, tmp_path / "out.safetensors", heads=5)
     assert not list(tmp_path.iterdir())
@@ -369,9 +369,12 @@ def test_from_the_shell(tmp_path):
     )
 
 
-def test_the_shell_shows_what_does_not_fit(tmp_path, capsys):
+def test_the_shell_names_tensors_that_do_not_fit(tmp_path, capsys):
     torch.save({n: v for n, v in state_dict().items() if "prompt_norm" not in n}, tmp_path / "less.pth")
-    convert_to = lambda source, name: main(["convert", str(source), str(tmp_path / name)])
+
+    def convert_to(source, name):
+        return main(["convert", str(source), str(tmp_path / name)])
+
     assert convert_to(tmp_path / "less.pth", "out.safetensors") == 2
     out, err = capsys.readouterr()
     assert "backbone.prompt_norm.bias" in out and "2 tensors do not fit" in err

@@ -1,4 +1,4 @@
-"""`otseg.viz` on small synthetic inputs: what is drawn, what is refused, and that nothing else changes."""
+"""`otseg.viz` on small synthetic inputs: contents of the figures, errors, and unchanged arguments."""
 
 from io import BytesIO
 
