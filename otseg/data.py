@@ -61,7 +61,7 @@ def random_crop(
     max_share: float = 0.75,  # share of the labelled pixels that one class may cover
     redraws: int = 10,  # largest number of further draws
 ) -> tuple[Tensor, Tensor]:  # crop of the image and of the label
-    "Random crop in which no class dominates, or the last one drawn."
+    "Random crop in which no class dominates, or the last one drawn. Labels IGNORE and UNLABELLED do not count."
 
     def draw(n: int) -> int:
         return int(torch.randint(n + 1, (), generator=rng))
@@ -70,7 +70,7 @@ def random_crop(
     for _ in range(1 + redraws):
         y, x = draw(max(H - size, 0)), draw(max(W - size, 0))
         part = label[y : y + size, x : x + size]
-        count = part[part != IGNORE].bincount()
+        count = part[part < UNLABELLED].bincount()
         if (count > 0).sum() > 1 and count.max() < max_share * count.sum():
             break
     return image[:, y : y + size, x : x + size], part
@@ -201,9 +201,12 @@ class TrainCrops(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         r, (epoch, index) = self.recipe, key
         item, skipped = first_readable(self.data, index)
-        image, label = self.augment(item["image"], item["label"], generator(r.seed, epoch, index))
+        hide_first = r.crop_labels == "training"
+        label = self.table[item["label"]] if hide_first else item["label"]
+        image, label = self.augment(item["image"], label, generator(r.seed, epoch, index))
+        label = label if hide_first else self.table[label]
         right, bottom = (max(r.image_size - side, 0) for side in label.shape[::-1])
-        label = F.pad(self.table[label], (0, right, 0, bottom), value=IGNORE)
+        label = F.pad(label, (0, right, 0, bottom), value=IGNORE)
         return {
             "image": F.pad(image, (0, right, 0, bottom)),
             "label": label,

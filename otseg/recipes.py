@@ -113,6 +113,8 @@ class Recipe:
     "Smallest random factor of that box."
     max_scale: Annotated[float, Field(ge=0)] = 2.0
     "Largest random factor of that box."
+    crop_labels: Literal["training", "all"] = "training"
+    "Labels that decide whether one class dominates a crop: those that training may see, or all (official code)."
     flip_prob: Fraction = 0.5
     "Probability of a horizontal flip in training."
     photometric: bool = True
@@ -222,8 +224,9 @@ RENAMED_PLANS = {"both": "sinkhorn", "pixels": "softmax_prompts", "prompts": "so
 def upgrade_fields(
     settings: dict,  # fields of a recipe under their present or former names
 ) -> dict:
-    "Rename former fields, and translate the former values of `marginals`."
+    "Rename former fields, translate the former values of `marginals`, and say which labels crops depended on."
     new = {RENAMED_FIELDS.get(name, name): value for name, value in settings.items()}
+    new.setdefault("crop_labels", "all")  # the only rule before this field existed
     if "marginals" in settings:
         new["plan"] = RENAMED_PLANS.get(new["plan"], new["plan"])
     return new

@@ -142,7 +142,38 @@ def test_no_class_dominates_a_crop():
         assert len(count) == 2 and count.max() < 0.75 * count.sum()
 
 
-@pytest.mark.parametrize("fill", [2, IGNORE])
+RELABELLED = {
+    "erased": lambda label: label.masked_fill(label >= 3, IGNORE),
+    "merged": lambda label: label.clamp(max=3),
+    "permuted": lambda label: torch.where(label >= 3, 7 - label, label),
+}  # changes of the unseen classes 3 and 4
+
+
+def views_of_blocks(change, unseen_as, crop_labels):
+    "Training views of an image of random blocks after a change of its labels, stacked."
+    blocks = torch.randint(5, (4, 5), generator=generator(1)).repeat_interleave(30, 0).repeat_interleave(30, 1)
+    image, recipe = torch.rand(3, 120, 150, generator=generator(0)), plain(40, flip_prob=0.5, crop_labels=crop_labels)
+    crops = TrainCrops([{"image": image, "label": change(blocks)}], recipe, label_table(5, (0, 1, 2), unseen_as))
+    return torch.stack([torch.cat([crops[i, 0]["image"], crops[i, 0]["label"][None]]) for i in range(40)])
+
+
+@pytest.mark.parametrize(
+    "unseen_as, name",
+    [(IGNORE, name) for name in RELABELLED] + [(UNLABELLED, "merged"), (UNLABELLED, "permuted")],
+)
+def test_crops_do_not_depend_on_labels_of_unseen_classes(unseen_as, name):
+    "A transductive run knows which pixels belong to some unseen class, so there they must not be erased."
+    before, after = (views_of_blocks(f, unseen_as, "training") for f in (lambda label: label, RELABELLED[name]))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["erased", "merged"])
+def test_the_official_crop_rule_depends_on_labels_of_unseen_classes(name):
+    before, after = (views_of_blocks(f, IGNORE, "all") for f in (lambda label: label, RELABELLED[name]))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("fill", [2, IGNORE, UNLABELLED])
 def test_the_last_try_is_kept(fill):
     "One class everywhere, or none at all: a crop all the same, after the given number of draws."
     label, rng = torch.full((20, 20), fill), generator(0)

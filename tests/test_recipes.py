@@ -154,6 +154,7 @@ OTHER_VALUE = {
     "plan": "softmax_pixels",
     "precision": "bf16",
     "normalization": "clip",
+    "crop_labels": "all",
 }  # of the fields that are text
 
 

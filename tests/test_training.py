@@ -13,6 +13,7 @@ from otseg import steps, training
 from otseg.checkpoints import newest_state, write_state
 from otseg.data import EvalView, TrainCrops
 from otseg.evaluation import validate
+from otseg.images import IGNORE
 from otseg.models import build_model, load_model, read_checkpoint
 from otseg.recipes import RENAMED_FIELDS, RENAMED_PLANS, resolve, run_name
 from otseg.steps import loss_terms, lr_at, make_optimizer
@@ -148,6 +149,22 @@ def test_a_seed_determines_a_run(runs, tmp_path):
     assert not any(torch.equal(state[name], other[name]) for name in random)
     log, same_log, other_log = ((path / "log.jsonl").read_text() for path in (folder, tmp_path / "0", tmp_path / "1"))
     assert log == same_log != other_log
+
+
+@pytest.mark.parametrize("change", ["erased", "merged", "permuted"])
+def test_inductive_weights_do_not_depend_on_labels_of_unseen_classes(bench, runs, monkeypatch, tmp_path, change):
+    "Bit for bit, whatever the training maps hold where no label may be seen."
+    unseen = torch.tensor(bench.unseen)
+    table = torch.arange(256)
+    table[unseen] = {"erased": torch.tensor(IGNORE), "merged": unseen[0], "permuted": unseen.roll(1)}[change]
+    data = [item | {"label": table[item["label"]]} for item in bench.images("train")]
+    assert any((item["label"] != table[item["label"]]).any() for item in bench.images("train"))
+    images = {"train": data, "val": bench.images("val")}.get
+    monkeypatch.setattr(training, "load_recipe_benchmark", lambda *args: replace(bench, images=images))
+    recipe, _, folder, _ = runs["inductive"]
+    fit(recipe, tmp_path, progress=False)
+    ours, theirs = (read_checkpoint(path / "last.safetensors")[0] for path in (tmp_path, folder))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_each_step_has_its_mode_learning_rate_and_gradients(monkeypatch, tmp_path):
