@@ -61,7 +61,7 @@ def random_crop(
     max_share: float = 0.75,  # share of the labelled pixels that one class may cover
     redraws: int = 10,  # largest number of further draws
 ) -> tuple[Tensor, Tensor]:  # crop of the image and of the label
-    "Random crop in which no class dominates, or the last one drawn. Labels IGNORE and UNLABELLED do not count."
+    "Random crop in which no class dominates, or the last one drawn. Unlabelled pixels are one class."
 
     def draw(n: int) -> int:
         return int(torch.randint(n + 1, (), generator=rng))
@@ -70,7 +70,7 @@ def random_crop(
     for _ in range(1 + redraws):
         y, x = draw(max(H - size, 0)), draw(max(W - size, 0))
         part = label[y : y + size, x : x + size]
-        count = part[part < UNLABELLED].bincount()
+        count = part[part != IGNORE].bincount()
         if (count > 0).sum() > 1 and count.max() < max_share * count.sum():
             break
     return image[:, y : y + size, x : x + size], part
