@@ -30,6 +30,13 @@ class Benchmark:
     images: Callable  # 'train' or 'val' -> Dataset
     clip: Callable  # () -> frozen CLIP
     palette: tuple | None = None  # k colours (red, green, blue) in 0..255, if the dataset has its own
+    dataset: str = ""  # whose recipe is used; empty: the name
+    words: tuple[tuple[str, ...], ...] = ()  # k classes with their synonyms; empty: the names
+
+    @property
+    def word_groups(self) -> dict[str, list[str]]:
+        "Words of each class."
+        return {name: list(words) for name, words in zip(self.classes, self.words or zip(self.classes))}
 
     @property
     def seen(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from .benchmarks import BenchmarkSource, load_benchmark
+from .benchmarks import BenchmarkSource, load_benchmark, unseen_indices
 from .checkpoints import provenance
 from .data import Benchmark, EvalView
 from .inference import PATH_WEIGHTS, predict_paths
@@ -121,7 +121,7 @@ def make_record(
     "Record of a run, as JSON can represent it."
     return {
         "name": run_name(recipe),
-        "dataset": recipe.dataset,
+        "dataset": recipe.dataset_name or recipe.dataset,
         "split": recipe.split,
         "setting": recipe.setting,
         "method": recipe.attention,
@@ -203,6 +203,7 @@ def evaluate_checkpoint(
     *,
     target: str | None = None,  # dataset to evaluate on; None: that of training
     root: str | Path | None = None,  # its folder, or one above it; None: the environment variable OTSEG_DATA
+    description: str | Path | None = None,  # of a folder: JSON file, or a shipped name; None: its dataset.json
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights
     trained: str | None = None,  # for an official checkpoint: the dataset that it was trained on
     setting: str = "inductive",  # for an official checkpoint: its setting
@@ -223,8 +224,10 @@ def evaluate_checkpoint(
     official = None if trained is None else resolve(trained, setting, **({"clip": clip} if clip else {}))
     source = official or read_checkpoint(checkpoint)[1]["recipe"]
     target = target or source.dataset
-    same_classes = dict(split=source.split, unseen=source.unseen) if target == source.dataset else {}
-    bench = load_benchmark(BenchmarkSource(target, root=root, **same_classes))
+    split = source.split if target == source.dataset else 0
+    bench = load_benchmark(BenchmarkSource(target, split, root, description=description))
+    if source.unseen and bench.name == (source.dataset_name or source.dataset):
+        bench = replace(bench, unseen=unseen_indices(source.unseen, bench.classes))
     model, recipe, bench = load_model(checkpoint, clip_weights=clip_weights, target=bench, trained=official)
     recipe, device = change(recipe, **changes), best_device()
     data = evenly_spaced_subset(EvalView(bench.images("val"), recipe), images)
@@ -239,7 +242,7 @@ def evaluate_checkpoint(
         started=started,
         metrics=metrics,
         seconds=(datetime.now(timezone.utc) - started).total_seconds(),
-        target=target,
+        target=bench.name,
         images=len(data),
         source="official" if official else "otseg",
     )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'STRETCH', 'NORMALIZATIONS', 'to_8_bits', 'to_rgb', 'from_array', 'Unreadable', 'decode',
-           'local_path', 'open_image', 'read_image', 'label_ids', 'read_label', 'normalize', 'fit_size', 'resize',
-           'resize_label']
+           'local_path', 'open_image', 'read_image', 'label_ids', 'ids_of_colors', 'read_label', 'exif_orientation',
+           'normalize', 'fit_size', 'resize', 'resize_label']
 
 # %% ../nbs/10_images.ipynb #a000000d
 import struct
@@ -18,13 +18,13 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 # %% ../nbs/10_images.ipynb #a000000e
-from .losses import IGNORE  # noqa: F401  label of a pixel without a class, also imported from here
+from .losses import IGNORE  # label of a pixel without a class, also imported from here
 
 # %% ../nbs/10_images.ipynb #97f6a09e
 def to_8_bits(
@@ -168,16 +168,46 @@ def label_ids(image: Image.Image) -> np.ndarray | None:
     return np.array(image).astype(np.int64) // STRETCH.get(raw_mode, 1)
 
 
+def ids_of_colors(
+    rgb: np.ndarray,  # (H, W, 3) uint8
+    colors: dict[tuple[int, int, int], int | None],  # class of each colour; None: no class
+) -> np.ndarray:  # (H, W) int64
+    "Classes of colours, IGNORE for no class. Raises ValueError: for a colour without a meaning."
+    weights = np.array([65536, 256, 1])
+    codes, where = np.unique(rgb.astype(np.int64) @ weights, return_inverse=True)
+    known = {int(np.dot(color, weights)): IGNORE if i is None else i for color, i in colors.items()}
+    if unknown := [code for code in codes.tolist() if code not in known]:
+        listed = ", ".join(f"[{code >> 16}, {code >> 8 & 255}, {code & 255}]" for code in unknown[:5])
+        raise ValueError(
+            f"it has {len(unknown)} colours without a class, such as {listed}: add them to colors or to ignore in the "
+            "description; a label map must not be a JPEG, or resized with interpolation"
+        )
+    return np.array([known[code] for code in codes.tolist()])[where.reshape(rgb.shape[:2])]
+
+
 def read_label(
     path: str | Path,
-) -> Tensor:  # ids (H, W) as stored, int64
-    "Read a label map. Raises FileNotFoundError; Unreadable; ValueError: if it has more than one channel."
+    colors: dict[tuple[int, int, int], int | None] | None = None,  # class of each colour; None or empty: ids
+) -> Tensor:  # ids (H, W) as stored, or classes for a label map in colours, int64
+    "Read a label map. Raises FileNotFoundError; Unreadable; ValueError: for a colour without a class."
+    if colors:
+        rgb = decode(path, "a label map", lambda image: np.array(image.convert("RGB")))
+        try:
+            return torch.from_numpy(ids_of_colors(rgb, colors))
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
     mode, ids = decode(path, "a label map", lambda image: (image.mode, label_ids(image)))
     if ids is None:
         raise ValueError(
-            f"{path} is a {mode} picture: a label map has one channel of class ids; turn its colours into ids first"
+            f"{path} is a {mode} picture, but one channel of class ids is expected: "
+            "give the colour of each class as colors in the description"
         )
     return torch.from_numpy(ids)
+
+
+def exif_orientation(path: str | Path) -> int:
+    "EXIF orientation of an image: 1 is upright, 5 to 8 exchange height and width. Raises like `open_image`."
+    return decode(path, "an image", lambda image: image.getexif().get(ExifTags.Base.Orientation, 1))
 
 # %% ../nbs/10_images.ipynb #d9e42cf6
 NORMALIZATIONS = {  # name -> mean and standard deviation of each channel, for RGB in [0, 1]

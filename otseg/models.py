@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODEL_FIELDS', 'ASSETS', 'DEFAULT_CHECKPOINT', 'load_class_embeddings', 'build_model', 'checkpoint_header',
            'finite_weights', 'save_checkpoint', 'read_checkpoint', 'load_trainable_state', 'first_difference',
-           'load_weights', 'check_same_model', 'load_recipe_benchmark', 'training_benchmark', 'check_official_classes',
-           'recipe_for_target', 'load_official_state', 'load_model', 'is_otseg_checkpoint', 'official_recipe',
-           'half_checkpoint']
+           'load_weights', 'check_same_model', 'load_recipe_benchmark', 'with_dataset_name', 'training_benchmark',
+           'check_official_classes', 'recipe_for_target', 'load_official_state', 'load_model', 'is_otseg_checkpoint',
+           'official_recipe', 'half_checkpoint']
 
 # %% ../nbs/25_models.ipynb #a0000018
 import json
@@ -29,7 +29,7 @@ from .data import Benchmark
 from .model import OTSeg
 from .official import read_official
 from .recipes import Recipe, change, resolve, upgrade_fields
-from .text import TEMPLATES, cached_class_embeddings, class_embeddings
+from .text import TEMPLATES, cached_class_embeddings, class_embeddings, mean_of_words
 
 # %% ../nbs/25_models.ipynb #bac544c9
 def load_class_embeddings(
@@ -39,12 +39,13 @@ def load_class_embeddings(
 ) -> Tensor:  # (k, n, d)
     "Class embeddings of a benchmark, cached in OTSEG_CACHE or ~/.cache/otseg if that folder is writable."
     cache = Path(os.environ.get("OTSEG_CACHE") or Path.home() / ".cache" / "otseg")
-    names, templates = list(bench.classes), TEMPLATES[: recipe.num_templates]
+    groups, templates = bench.word_groups, TEMPLATES[: recipe.num_templates]
+    words = [word for group in groups.values() for word in group]
     try:
-        text = cached_class_embeddings(names, templates, clip, cache)
+        text = cached_class_embeddings(words, templates, clip, cache)
     except OSError:
-        text = class_embeddings(names, templates, clip)
-    return text.repeat(1, recipe.template_repeats, 1)
+        text = class_embeddings(words, templates, clip)
+    return mean_of_words(dict(zip(words, text)), groups).repeat(1, recipe.template_repeats, 1)
 
 # %% ../nbs/25_models.ipynb #f5000011
 def build_model(
@@ -73,6 +74,7 @@ def checkpoint_header(recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
         "recipe": asdict(recipe),
         "classes": bench.classes,
         "unseen": bench.unseen,
+        "words": bench.words,
         "templates": recipe.text_prompts,
         "iteration": iteration,
         **provenance(),
@@ -181,9 +183,17 @@ def load_recipe_benchmark(
     recipe: Recipe,
     root: str | Path | None = None,  # folder of the dataset, or one above it; None: the environment variable OTSEG_DATA
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
+    description: str | Path | None = None,  # of a folder: JSON file, or a shipped name; None: its dataset.json
 ) -> Benchmark:
     "The benchmark that a recipe names, with its split and unseen classes."
-    return load_benchmark(BenchmarkSource(recipe.dataset, recipe.split, root, recipe.unseen, recipe.clip, clip_weights))
+    return load_benchmark(
+        BenchmarkSource(recipe.dataset, recipe.split, root, recipe.unseen, recipe.clip, clip_weights, description)
+    )
+
+
+def with_dataset_name(recipe: Recipe, bench: Benchmark) -> Recipe:
+    "The recipe with the name of a described dataset, which names its runs."
+    return change(recipe, dataset_name=bench.name) if recipe.dataset == "folder" else recipe
 
 
 def training_benchmark(
@@ -199,7 +209,9 @@ def training_benchmark(
         raise FileNotFoundError("a checkpoint does not contain the path of its folder of images: give root")
 
     clip = partial(clip_by_name, recipe.clip, clip_weights)
-    return Benchmark("folder", tuple(header["classes"]), tuple(header["unseen"]), no_images, clip)
+    classes, unseen = tuple(header["classes"]), tuple(header["unseen"])
+    words = tuple(tuple(group) for group in header.get("words", ()))
+    return Benchmark(recipe.dataset_name or "folder", classes, unseen, no_images, clip, dataset="folder", words=words)
 
 # %% ../nbs/25_models.ipynb #f5000017
 def check_official_classes(path, config: dict, bench: Benchmark):
@@ -258,7 +270,7 @@ def load_model(
         own = load_recipe_benchmark(recipe, clip_weights=clip_weights)
         check_official_classes(path, config, own)
     bench = own if target is None else replace(target, clip=own.clip)
-    recipe = recipe if bench.name == own.name else recipe_for_target(recipe, bench.name)
+    recipe = recipe if bench.name == own.name else recipe_for_target(recipe, bench.dataset or bench.name)
     model = build_model(recipe, bench)
     if trained is None:
         load_trainable_state(model, state, path)

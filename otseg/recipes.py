@@ -10,6 +10,7 @@ __all__ = ['Count', 'NonNegative', 'Fraction', 'SETTINGS', 'DATASET_RECIPES', 'R
 # %% ../nbs/20_recipes.ipynb #c99de42d
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Literal
@@ -52,6 +53,8 @@ class Recipe:
     "What training may see: masks of seen classes, unlabelled pixels as well, or all masks."
     split: NonNegative = 0
     "Which choice of unseen classes, for benchmarks that have several."
+    dataset_name: str = ""
+    "Name of a described dataset, from its description; it names the runs. Empty: `dataset`."
     unseen: str = ""
     "Names of the unseen classes, comma-separated. Empty: the default of the dataset."
     seed: NonNegative = 0
@@ -176,6 +179,8 @@ DATASET_RECIPES = {
     ),
     "coco": dict(visual_prompts=100, max_iters=80_000),
     "ade": dict(test_long_side=2048, normalization="clip"),
+    "cityscapes": dict(test_long_side=2048),
+    "camvid": dict(test_long_side=2048),
     "folder": dict(test_long_side=2048),
 }
 
@@ -305,8 +310,9 @@ def differences(recipe: Recipe) -> dict:
 
 def run_name(recipe: Recipe) -> str:
     "Name of a run: dataset, split, setting, attention, seed, and a digest of all other differences from the default."
-    spelled_out = ("dataset", "split", "setting", "attention", "seed")
+    spelled_out = ("dataset", "dataset_name", "split", "setting", "attention", "seed")
     changes = {name: value for name, value in differences(recipe).items() if name not in spelled_out}
     digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{recipe.dataset}{recipe.split}-{recipe.setting}-{recipe.attention}-seed{recipe.seed}"
+    dataset = re.sub(r"[^\w.-]+", "_", recipe.dataset_name) or recipe.dataset
+    name = f"{dataset}{recipe.split}-{recipe.setting}-{recipe.attention}-seed{recipe.seed}"
     return f"{name}-{digest}" if changes else name

@@ -23,6 +23,7 @@ from torchvision.io import write_jpeg, write_png
 from .benchmarks import BenchmarkSource, load_benchmark
 from .clip import visual_tower
 from .data import TrainCrops
+from .descriptions import Description
 from .folders import Files
 from .images import normalize
 from .inference import predict_paths, predict_probs
@@ -345,7 +346,7 @@ def loading_task(method: str, device: str, *, images: int, size: tuple[int, int]
     folder = tempfile.TemporaryDirectory()
     files = write_photos(folder.name, images, size)
     recipe = resolve("coco", image_size=side, stride=side, train_short_side=min(size))
-    crops = TrainCrops(Files(files, torch.arange(256)), recipe, torch.arange(256))
+    crops = TrainCrops(Files(files, Description(classes=[f"class {i}" for i in range(171)])), recipe, torch.arange(256))
 
     def run(folder=folder):  # the argument keeps the folder as long as the task exists
         return [crops[0, i] for i in range(images)]

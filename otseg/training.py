@@ -38,6 +38,7 @@ from otseg.models import (
     load_trainable_state,
     load_weights,
     save_checkpoint,
+    with_dataset_name,
 )
 from .ot import ConvergenceReport, defer_convergence_checks
 from .recipes import Recipe, change, differences, resolve, run_name, upgrade_fields
@@ -51,6 +52,7 @@ class RunOptions:
     out: Path  # folder for checkpoints, log.jsonl and record.json; made if it does not exist
     init: str | Path | None = None  # checkpoint to start from
     root: str | Path | None = None  # folder of the dataset, or one above it; None: the environment variable OTSEG_DATA
+    description: str | Path | None = None  # of a folder: JSON file, or a shipped name; None: its dataset.json
     clip_weights: str | Path | None = None  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None  # images that a device processes at a time; None: its share of the batch
     workers: int | None = None  # processes that read images; None: `default_workers`
@@ -97,7 +99,8 @@ def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
 # %% ../nbs/28_training.ipynb #5cd99f05
 def setup_run(recipe: Recipe, options: RunOptions) -> Run:
     "Load data and model of a run. Raises FileNotFoundError; ValueError: if recipe, checkpoint and data do not fit."
-    bench = load_recipe_benchmark(recipe, options.root, options.clip_weights)
+    bench = load_recipe_benchmark(recipe, options.root, options.clip_weights, options.description)
+    recipe = with_dataset_name(recipe, bench)
     _, table = training_classes_and_labels(recipe.setting, bench)
     train, val = bench.images("train"), bench.images("val")
     init = options.init
@@ -368,6 +371,7 @@ def fit(
     *,
     init: str | Path | None = None,  # checkpoint to start from; None: transductive runs find theirs beside `out`
     root: str | Path | None = None,  # folder of the dataset, or one above it; None: the environment variable OTSEG_DATA
+    description: str | Path | None = None,  # of a folder: JSON file, or a shipped name; None: its dataset.json
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None,  # images that a device processes at a time; None: its share of the batch
     workers: int | None = None,  # processes that read images; None: `default_workers`
@@ -377,16 +381,7 @@ def fit(
 ) -> dict:  # the run's record
     "Train and evaluate one run. Raises FileNotFoundError; ValueError: if recipe, checkpoint and data do not fit."
     recipe, started = change(recipe, **overrides), datetime.now(timezone.utc)
-    options = RunOptions(
-        out=Path(out),
-        init=init,
-        root=root,
-        clip_weights=clip_weights,
-        per_device=per_device,
-        workers=workers,
-        resume=resume,
-        progress=progress,
-    )
+    options = RunOptions(Path(out), init, root, description, clip_weights, per_device, workers, resume, progress)
     run = setup_run(recipe, options)
     if run.is_main:
         prepare_folder(run.out, resume)
