@@ -103,8 +103,8 @@ def id_problems(
         remedy = advice(about, wrong)
         if plain and about.first == 0 and 0 not in present and wrong == [k]:
             remedy = (
-                f'the labels seem to count from 1: write "first": 1 into the description if 1 is {about.names[0]!r}, '
-                "or name one class more"
+                f'if the labels count from 1, and 1 is {about.names[0]!r}, write "first": 1 into the description; '
+                f'if {k} is no class, "ignore": [{k}]'
             )
         listed = ", ".join(map(str, wrong[:10])) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         problems.append(

@@ -45,7 +45,7 @@ def split_pattern(pattern: str) -> tuple[str, str, str]:
 def name_in(path: str, pattern: str) -> str | None:
     "Name of a path relative to the root in a pattern, or None if it does not match. Endings may have any case."
     folder, start, end = split_pattern(pattern)
-    path = path.removeprefix(folder + "/") if folder else path
+    start = f"{folder}/{start}" if folder else start
     if not path.startswith(start):
         return None
     endings = (end,) if Path("x" + end).suffix else tuple(end + ending for ending in IMAGE_ENDINGS)
@@ -97,9 +97,10 @@ def path_in_root(text: str, root: Path) -> str:
 def find_listed(text: str, pattern: str, root: Path, files: dict[str, Path]) -> Path | None:
     "The image that a text means: a name, a name with its ending, or a path below the root."
     path = path_in_root(text, root)
-    names = [path, name_in(path, pattern), str(Path(path).with_suffix(""))]
-    if Path(path).suffix.lower() not in IMAGE_ENDINGS:
-        names.pop()
+    ending = Path(path).suffix
+    names = [path, name_in(path, pattern)]
+    if ending.lower() in IMAGE_ENDINGS:
+        names.append(path.removesuffix(ending))
     return next((files[name] for name in names if name in files), None)
 
 

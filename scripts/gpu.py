@@ -632,6 +632,7 @@ def loading(report, device, sizes):
     from torchvision.io import write_jpeg, write_png
 
     from otseg.data import EndlessBatches, TrainCrops
+    from otseg.descriptions import described
     from otseg.folders import Files
     from otseg.recipes import resolve
 
@@ -644,10 +645,8 @@ def loading(report, device, sizes):
             files.append((Path(folder, f"{i}.jpg"), Path(folder, f"{i}.png")))
             write_jpeg((255 * image).byte(), str(files[-1][0]), quality=90)
             write_png(label.byte(), str(files[-1][1]))
-        table = torch.arange(256)
-        crops = TrainCrops(
-            Files(files, table), resolve("coco", image_size=side, stride=side, train_short_side=h), table
-        )
+        recipe = resolve("coco", image_size=side, stride=side, train_short_side=h)
+        crops = TrainCrops(Files(files, described("coco")), recipe, torch.arange(256))
         for workers in sizes["workers"]:
             if workers > (os.cpu_count() or 1):
                 continue

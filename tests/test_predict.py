@@ -18,12 +18,13 @@ from safetensors import safe_open
 
 import otseg
 from otseg import predict
+from otseg.descriptions import word_groups
 from otseg.digits import ASSETS, CLASSES, Digits
 from otseg.explain import explain, panel
 from otseg.images import normalize, open_image
 from otseg.inference import predict_probs
 from otseg.models import DEFAULT_CHECKPOINT
-from otseg.predict import Result, Segmenter, resize_for_model, with_words, word_groups
+from otseg.predict import Result, Segmenter, resize_for_model, with_words
 from otseg.recipes import resolve
 from otseg.text import TEMPLATES, class_embeddings
 

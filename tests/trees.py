@@ -10,17 +10,18 @@ SIZES = ((61, 37), (48, 48), (40, 90), (53, 70))  # (H, W), pixels
 MODES = ("RGB", "L", "CMYK", "RGB")
 
 
-def write_pair(i, image, label, ids, ignored=False, size=None):
-    """An image and its label map: blocks of two of the given ids, or of 255 alone."""
+def write_pair(i, image, label, ids, ignored=False, size=None, void=255):
+    """An image and its label map: blocks of two of the given ids, or of `void` alone."""
     rng, (H, W) = np.random.default_rng(i), size or SIZES[i % len(SIZES)]
-    blocks = rng.choice(rng.choice(ids, 2, replace=False), (3, 3)) if not ignored else np.full((3, 3), 255)
+    blocks = rng.choice(rng.choice(ids, 2, replace=False), (3, 3)) if not ignored else np.full((3, 3), void)
     mask = np.kron(blocks, np.ones((H // 3 + 1, W // 3 + 1)))[:H, :W].astype(np.uint8)
-    mask[:2] = 255
+    mask[:2] = void
     colours = np.random.default_rng(9).integers(0, 256, (256, 3), dtype=np.uint8)
     picture = (colours[mask] * 0.8 + rng.integers(0, 50, (H, W, 3))).astype(np.uint8)
     for path in (image, label):
         path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).convert(MODES[i % len(MODES)]).save(image)
+    mode = MODES[i % len(MODES)] if image.suffix.lower() != ".png" else "RGB"
+    Image.fromarray(picture).convert(mode).save(image)
     Image.fromarray(mask).save(label)
 
 
@@ -69,7 +70,7 @@ def write_coco(root: Path, ids=(0, 7, 19, 170)):
             )
 
 
-def write_ade(root: Path, ids=(0, 1, 2, 3, 150), n=4):
+def write_ade(root: Path, ids=(0, 1, 2, 3, 150), n=4, void=0):
     for j, split in enumerate(("training", "validation")):
         for i in range(n):
             name, base = f"ADE_{j}_{i:08d}", root / "ade/ADEChallengeData2016"
@@ -79,7 +80,24 @@ def write_ade(root: Path, ids=(0, 1, 2, 3, 150), n=4):
                 base / f"annotations/{split}/{name}.png",
                 ids,
                 ignored=i == 3,
+                void=void,
             )
+
+
+def write_cityscapes(root: Path):
+    for j, split in enumerate(("train", "val")):
+        for i, town in enumerate(("aachen", "aachen", "bremen", "ulm")):
+            base, name = root / "cityscapes", f"{split}/{town}/{town}_{i:06d}_000019"
+            label = base / f"gtFine/{name}_gtFine_labelTrainIds.png"
+            write_pair(10 * j + i, base / f"leftImg8bit/{name}_leftImg8bit.png", label, (0, 5, 18), ignored=i == 3)
+            Image.open(label).save(base / f"gtFine/{name}_gtFine_labelIds.png")
+
+
+def write_camvid(root: Path):
+    for j, split in enumerate(("train", "val")):
+        for i in range(4):
+            base, name = root / "CamVid", f"{split}/0001TP_{i:06d}.png"
+            write_pair(10 * j + i, base / name, base / name.replace("/", "annot/"), (0, 3, 10, 11), i == 3, void=11)
 
 
 def write_folder(root: Path, ids=(0, 1, 2), size=None, n=4, **about):
@@ -99,4 +117,12 @@ def write_folder(root: Path, ids=(0, 1, 2), size=None, n=4, **about):
     (root / "dataset.json").write_text(json.dumps(about))
 
 
-WRITERS = {"voc": write_voc, "context": write_context, "coco": write_coco, "ade": write_ade, "folder": write_folder}
+WRITERS = {
+    "voc": write_voc,
+    "context": write_context,
+    "coco": write_coco,
+    "ade": write_ade,
+    "cityscapes": write_cityscapes,
+    "camvid": write_camvid,
+    "folder": write_folder,
+}
