@@ -282,10 +282,12 @@ class Files(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         image, ids = self.read_ids(i)
-        if wrong := wrong_ids(ids, self.table):
+        label = self.table[ids.clamp(0, len(self.table) - 1)]
+        if label.min() < 0 or ids.min() < 0 or ids.max() >= len(self.table):
+            wrong = wrong_ids(ids, self.table)
             ids = ", ".join(map(str, wrong))
             raise ValueError(f"{self.files[i][1]} has the ids {ids}, which are no class: {advice(self.about, wrong)}")
-        return {"image": image, "label": self.table[ids]}
+        return {"image": image, "label": label}
 
 # %% ../nbs/12_folders.ipynb #9d564ce3
 FOLDER_LAYOUT = 'it has images/train, images/val, labels/train, labels/val and dataset.json with {"classes": [...]}'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'STRETCH', 'NORMALIZATIONS', 'to_8_bits', 'to_rgb', 'from_array', 'Unreadable', 'decode',
            'local_path', 'open_image', 'read_image', 'label_ids', 'ids_of_colors', 'read_label', 'exif_orientation',
-           'normalize', 'fit_size', 'resize', 'resize_label']
+           'normalize', 'fit_size', 'resize', 'resize_part', 'resize_label']
 
 # %% ../nbs/10_images.ipynb #a000000d
 import struct
@@ -18,6 +18,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -241,6 +242,17 @@ def resize(
 ) -> Tensor:  # (3, *size)
     "Resize an image by bilinear interpolation without antialiasing."
     return tv.resize(image, list(size), InterpolationMode.BILINEAR, antialias=False)
+
+
+def resize_part(
+    image: Tensor,  # (3, H, W)
+    size: tuple[int, int],  # of the whole resized image, pixels
+    part: tuple[slice, slice],  # rows and columns that are needed
+) -> Tensor:  # (3, rows, columns)
+    "Part of a resized image, in the time of the part. Equal to the part of `resize` up to 1e-4."
+    y, x = ((torch.arange(side)[s] + 0.5) * (2 / side) - 1 for side, s in zip(size, part))
+    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)
+    return F.grid_sample(image[None], grid[None], padding_mode="border", align_corners=False)[0]
 
 
 def resize_label(

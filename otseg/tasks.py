@@ -341,15 +341,18 @@ def write_photos(
 
 
 def loading_task(method: str, device: str, *, images: int, size: tuple[int, int], side: int) -> Task:
-    "Training crops of COCO-Stuff from JPEG and PNG files, read by one process. Number: the number of crops."
-    choose(method, ours=None), choose(device, cpu=None)
+    """Training crops from JPEG and PNG files, read by one process. Number: the number of crops.
+
+    `without distortion` and `decoding` leave out later stages, so that differences give the time of each stage."""
+    stage = choose(method, **{"ours": "all", "without distortion": "resized", "decoding": "decoded"})
+    choose(device, cpu=None)
     folder = tempfile.TemporaryDirectory()
-    files = write_photos(folder.name, images, size)
-    recipe = resolve("coco", image_size=side, stride=side, train_short_side=min(size))
-    crops = TrainCrops(Files(files, Description(classes=[f"class {i}" for i in range(171)])), recipe, torch.arange(256))
+    files = Files(write_photos(folder.name, images, size), Description(classes=[f"class {i}" for i in range(171)]))
+    resizing = dict(train_short_side=side, train_long_side=4 * side, photometric=stage == "all")
+    crops = TrainCrops(files, resolve("coco", image_size=side, stride=side, **resizing), torch.arange(256))
 
     def run(folder=folder):  # the argument keeps the folder as long as the task exists
-        return [crops[0, i] for i in range(images)]
+        return [files[i] if stage == "decoded" else crops[0, i] for i in range(images)]
 
     return Task(run, len)
 
@@ -379,7 +382,11 @@ SIZES = {
         "window": {"COCO-Stuff": dict(k=171, **COCO_MODEL), "VOC": dict(k=20, **VOC_MODEL)},
         "photo": dict(k=171, **COCO_MODEL, size=(1500, 2000)),
         "agreement": dict(images=24),
-        "loading": dict(images=32, size=(480, 640), side=512),
+        "loading": {
+            "480 x 640": dict(images=16, size=(480, 640), side=512),
+            "360 x 480": dict(images=16, size=(360, 480), side=512),
+            "1024 x 2048": dict(images=8, size=(1024, 2048), side=512),
+        },
         "growth": {"p": (15, 60, 156), "m": (256, 576, 1024, 2304), "n": (1, 2, 4, 8), "k": (15, 60, 156), "b": (1, 2)},
     },
     "tiny": {
@@ -389,7 +396,7 @@ SIZES = {
         "window": {"COCO-Stuff": TINY_MODEL},
         "photo": TINY_MODEL | dict(size=(96, 128)),
         "agreement": dict(images=1),
-        "loading": dict(images=2, size=(48, 64), side=32),
+        "loading": {"48 x 64": dict(images=2, size=(48, 64), side=32)},
         "growth": {"p": (3,), "m": (32,), "n": (2,), "k": (3,), "b": (2,)},
     },
 }

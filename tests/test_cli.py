@@ -108,7 +108,7 @@ def test_train_takes_every_field_of_a_recipe(capsys):
         (["train", "--dataset=digits", "--eps=0"], "eps = 0.0"),
         (["train", "--dataset=digits", "--max-iters=x"], "--max-iters"),
         (["train", "--dataset=digits", "--learning-rate=1"], "--learning-rate"),
-        (["check", "digits"], "dataset = 'digits' is not one of voc, context, coco, ade, folder"),
+        (["check", "digits"], "dataset = 'digits' is not one of ade, camvid, cityscapes, coco, context, voc, folder"),
         (["evaluate", "gone.safetensors"], "gone.safetensors"),
         (["convert", "gone.pth", "a.safetensors"], "gone.pth"),
         (["export"], "give either --onnx OUT.onnx or --half OUT.safetensors"),

@@ -107,7 +107,7 @@ def test_label_maps_with_a_palette(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_pictures_are_no_label_maps(tmp_path, mode):
     Image.new(mode, (2, 2)).save(tmp_path / "ids.png")
-    with pytest.raises(ValueError, match=f"ids.png is a {mode} picture: a label map has one channel"):
+    with pytest.raises(ValueError, match=f"ids.png is a {mode} picture, but one channel of class ids is expected"):
         read_label(tmp_path / "ids.png")
 
 

@@ -206,7 +206,7 @@ def test_wrong_sources_are_refused(source, says):
     "classes, says",
     [
         ([], "empty"),
-        ("", "expected strings that are not empty"),
+        ("", "classes is empty"),
         (["cat", "cat"], "'cat' occurs more than once"),
         (["cat", " Cat "], "more than once"),
         (["cat", ""], "expected strings"),

@@ -149,6 +149,7 @@ OTHER_VALUE = {
     "dataset": "voc",
     "setting": "transductive",
     "unseen": "one",
+    "dataset_name": "kitchen",
     "clip": "ViT-B-16",
     "attention": "softmax",
     "plan": "softmax_pixels",

@@ -66,7 +66,7 @@ def test_rows_of_a_table_are_different_runs(table, dataset):
     [
         (dict(table="t9"), "table = 't9' is not one of t1, t3, t4"),
         (dict(settings=("zero",)), "setting = 'zero'"),
-        (dict(dataset="cityscapes"), "dataset = 'cityscapes'"),
+        (dict(dataset="mapillary"), "dataset = 'mapillary'"),
         (dict(max_iter=3), "no field 'max_iter'"),
         (dict(max_iters=0), "max_iters = 0"),
         (dict(attention="mpsa"), "attention cannot be changed: table t1 varies attention, seed, split"),
