@@ -138,6 +138,7 @@ def train(
         int | None, typer.Option(help="Images at a time on a device [default: its share of the batch].")
     ] = None,
     workers: Workers = None,
+    images: Annotated[int | None, typer.Option(help="Validation images, evenly spread [default: all].")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--anew", help="Continue the run in the folder, or start it anew.")
     ] = True,
@@ -151,7 +152,7 @@ def train(
     recipe = resolve(dataset, setting, **{name: value for name, value in changes.items() if value is not None})
     recipe = with_dataset_name(recipe, load_recipe_benchmark(recipe, root, clip_weights, description))
     options = dict(root=root, description=description, clip_weights=clip_weights)
-    options |= dict(per_device=per_device, workers=workers, resume=resume)
+    options |= dict(per_device=per_device, workers=workers, images=images, resume=resume)
     try:
         show(fit(recipe, out or Path("runs") / dataset / run_name(recipe), init=init, **options))
     except KeyboardInterrupt as stopped:

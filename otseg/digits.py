@@ -332,11 +332,10 @@ def digits_clip(
     path: str | Path | None = None,  # file that `save_clip` wrote; None: the weights in the package
 ):  # open_clip CLIP, frozen, in eval mode, on the CPU
     "Load the small CLIP. Raises FileNotFoundError; ValueError: if the file is damaged."
+    remedy = "correct clip_weights" if path else "reinstall otseg, or make them with nbs/pretrain_digits.ipynb"
     path = Path(str(path or ASSETS / f"{ARCH}.safetensors"))
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no CLIP weights at {path}: reinstall otseg, or make them with nbs/pretrain_digits.ipynb"
-        )
+        raise FileNotFoundError(f"no CLIP weights at {path}: {remedy}")
     try:
         state = {name: x.float() if x.is_floating_point() else x for name, x in load_file(path).items()}
         rows, ids = state["token_embedding.weight"], state.pop("token_ids")
@@ -345,10 +344,7 @@ def digits_clip(
             save_file(state, full := f"{folder}/{ARCH}.safetensors")
             return new_clip(full)
     except (SafetensorError, KeyError, RuntimeError, IndexError, ValueError) as e:
-        raise ValueError(
-            f"{path} does not hold the weights of {ARCH} ({e}): "
-            "reinstall otseg, or make them with nbs/pretrain_digits.ipynb"
-        ) from e
+        raise ValueError(f"{path} does not hold the weights of {ARCH} ({e}): {remedy}") from e
 
 # %% ../nbs/13_digits.ipynb #103bde3c
 def to_clip_input(

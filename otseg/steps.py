@@ -8,6 +8,7 @@ __all__ = ['lr_at', 'training_classes_and_labels', 'pseudo_label', 'make_optimiz
            'backward_part', 'training_step']
 
 # %% ../nbs/27_steps.ipynb #aa30aa91
+import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -127,7 +128,14 @@ def new_accelerator(precision: str) -> Accelerator:
     "An accelerator that inherits neither precision nor processes of an earlier run in the same interpreter."
     check_precision(precision)
     AcceleratorState._reset_state(reset_partial_state=True)  # there is no public function
-    return Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started, but accelerate sees {accelerator.num_processes} and each would train "
+            "alone into the same folder: without a GPU, set ACCELERATE_USE_CPU=true before torchrun"
+        )
+    return accelerator
 
 # %% ../nbs/27_steps.ipynb #a0cbadfe
 @dataclass

@@ -290,7 +290,7 @@ def write_table(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     numbers.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
-    (out / f"{name}.md").write_text(text.rstrip() + "\n")
+    (out / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def save_figure(

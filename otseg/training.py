@@ -56,6 +56,7 @@ class RunOptions:
     clip_weights: str | Path | None = None  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None  # images that a device processes at a time; None: its share of the batch
     workers: int | None = None  # processes that read images; None: `default_workers`
+    images: int | None = None  # validation images of every evaluation, evenly spread; None: all at the end
     resume: bool = True  # continue from the states in `out`; False: start anew
     progress: bool = True  # show progress bars
 
@@ -102,7 +103,7 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
     bench = load_recipe_benchmark(recipe, options.root, options.clip_weights, options.description)
     recipe = with_dataset_name(recipe, bench)
     _, table = training_classes_and_labels(recipe.setting, bench)
-    train, val = bench.images("train"), bench.images("val")
+    train, val = bench.images("train"), evenly_spaced_subset(bench.images("val"), options.images)
     init = options.init
     if recipe.setting == "transductive" and init is None:
         init = inductive_checkpoint(recipe, options.out.parent)
@@ -358,7 +359,10 @@ def finish_run(run: Run, log: Log | None, progress: Progress, started: datetime)
         processes=run.accelerator.num_processes,
         compiled=run.accelerator.state.dynamo_plugin.backend.value.lower(),
         skipped_images=progress.skipped,
+        images=len(run.val),
     )
+    if run.options.images is not None:
+        record["name"] += f"@{len(run.val)}-images"  # tables do not take it for an evaluation of all images
     if run.is_main:
         log_scores(log, run.recipe.max_iters, metrics, final=True)
         write_json(run.out / "record.json", record)
@@ -375,13 +379,16 @@ def fit(
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None,  # images that a device processes at a time; None: its share of the batch
     workers: int | None = None,  # processes that read images; None: `default_workers`
+    images: int | None = None,  # validation images of every evaluation, evenly spread; None: all at the end
     resume: bool = True,  # continue from the states in `out`; False: start anew
     progress: bool = True,  # show progress bars
     **overrides,  # fields of the recipe to change
 ) -> dict:  # the run's record
     "Train and evaluate one run. Raises FileNotFoundError; ValueError: if recipe, checkpoint and data do not fit."
     recipe, started = change(recipe, **overrides), datetime.now(timezone.utc)
-    options = RunOptions(Path(out), init, root, description, clip_weights, per_device, workers, resume, progress)
+    options = RunOptions(
+        Path(out), init, root, description, clip_weights, per_device, workers, images, resume, progress
+    )
     run = setup_run(recipe, options)
     if run.is_main:
         prepare_folder(run.out, resume)

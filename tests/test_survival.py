@@ -462,6 +462,22 @@ def test_launched_from_the_shell(data, tmp_path, processes, launcher):
     assert done.stdout.count("| ensemble |") == 1  # only the main process prints the table
 
 
+def test_processes_that_do_not_see_each_other(data, tmp_path, monkeypatch):
+    "torchrun on a CPU without ACCELERATE_USE_CPU: each would train alone into the same folder."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+        run(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_dataset_in_the_same_folder(data, undisturbed, tmp_path):
+    "A finished run is not evaluated on another dataset as if it were its own."
+    other = tmp_path / "other"
+    trees.write_folder(other, n=5)
+    with pytest.raises(ValueError, match="holds a run with another dataset_name"):
+        run(other, undisturbed)
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run(data, tmp_path):
     "The other process raises an error instead of waiting for ever."

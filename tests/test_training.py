@@ -151,6 +151,13 @@ def test_a_seed_determines_a_run(runs, tmp_path):
     assert log == same_log != other_log
 
 
+def test_few_validation_images(tmp_path):
+    "Every evaluation uses them, and the record has a name that no table takes for a whole evaluation."
+    recipe = resolve("digits", **TWO_STEPS)
+    record = fit(recipe, tmp_path, images=1, progress=False)
+    assert record["images"] == 1 and record["name"] == f"{run_name(recipe)}@1-images"
+
+
 @pytest.mark.parametrize("change", ["erased", "merged", "permuted"])
 def test_inductive_weights_do_not_depend_on_labels_of_unseen_classes(bench, runs, monkeypatch, tmp_path, change):
     "Bit for bit, whatever the training maps hold where no label may be seen."
