@@ -175,8 +175,8 @@ def log_losses(run: Run, log: Log | None, progress: Progress, report: Convergenc
 
 # %% ../nbs/28_training.ipynb #f500005d
 def log_scores(log: Log, iteration: int, scores: dict[str, dict], **more):
-    "Write the metrics of each path to the log, without the IoU of each class."
-    columns = {f"{path}.{m}": v for path, s in scores.items() for m, v in s.items() if m != "iou"}
+    "Write the metrics of each path to the log, without the IoU of each class. NaN becomes null."
+    columns = {f"{path}.{m}": v if v == v else None for path, s in scores.items() for m, v in s.items() if m != "iou"}
     log.write(iteration=iteration, **more, **columns)
 
 
@@ -185,11 +185,12 @@ def validate_run(run: Run, log: Log | None, progress: Progress):
     few = evenly_spaced_subset(run.val, run.recipe.val_images)
     scores = validate(run.model, run.bench, run.recipe, few, accelerator=run.accelerator, workers=run.workers)
     score = scores["ensemble"]["hiou" if run.bench.unseen else "miou_seen"]
+    better = score > progress.best  # NaN never is: nothing was measured
     if run.is_main:
         log_scores(log, progress.t, scores)
-        if score > progress.best:
+        if better:
             save_run(run, progress, "best")
-    progress.best = max(score, progress.best)
+    progress.best = score if better else progress.best
 
 
 def save_run(run: Run, progress: Progress, name: str):

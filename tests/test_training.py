@@ -151,6 +151,22 @@ def test_a_seed_determines_a_run(runs, tmp_path):
     assert log == same_log != other_log
 
 
+def test_a_validation_without_labels_never_wins_and_never_blocks(bench, monkeypatch, tmp_path):
+    "Its metrics are null in the log, and best.safetensors is that of the next validation."
+    scores = [math.nan, 0.2]
+
+    def validate_once(*args, **options):
+        metrics = validate(*args, **options)
+        metrics["ensemble"]["hiou"] = scores.pop(0) if scores else 0.1
+        return metrics
+
+    monkeypatch.setattr(training, "validate", validate_once)
+    fit(resolve("digits", **SHORT | dict(val_interval=2)), tmp_path, progress=False)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    logged = [line["ensemble.hiou"] for line in lines if "ensemble.hiou" in line]
+    assert logged == [None, 0.2, 0.1] and read_checkpoint(tmp_path / "best.safetensors")[1]["iteration"] == 4
+
+
 def test_few_validation_images(tmp_path):
     "Every evaluation uses them, and the record has a name that no table takes for a whole evaluation."
     recipe = resolve("digits", **TWO_STEPS)
