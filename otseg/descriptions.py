@@ -266,8 +266,8 @@ def read_description(
 
 
 def first_error(e: ValidationError) -> str:
-    "First error of a description in one line."
-    first = e.errors()[0]
+    "The most telling error of a description, in one line."
+    first = min(e.errors(), key=lambda error: error["type"] != "extra_forbidden")  # a mistyped field explains others
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return f"it is not JSON ({first['ctx']['error']})"

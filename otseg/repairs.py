@@ -137,11 +137,12 @@ def check_and_repair(
     picture: Path | None = None,  # PNG to write with eight pairs
     fix: Path | None = None,  # new folder for a repaired copy
     write: bool = True,  # False: only say what `fix` would do
+    progress: bool = True,  # show bars
 ) -> bool:  # whether the dataset, or its repaired copy, can be used
     "Print a check of a dataset. Raises ValueError: for an unknown dataset, or if the copy cannot be made."
     if dataset not in (*SHIPPED, "folder"):
         raise ValueError(f"dataset = {dataset!r} is not one of {', '.join(SHIPPED)}, folder")
-    found, problems = check(dataset, root, sample, progress=True, description=description)
+    found, problems = check(dataset, root, sample, progress, description=description)
     verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "all is well"
     print(*found, *(f"PROBLEM {line}" for line in problems), verdict, sep="\n")
     if found and picture:
@@ -149,7 +150,7 @@ def check_and_repair(
         print(f"picture: {picture}")
     if not (found and fix):
         return not problems
-    repairs = repair(open_dataset(dataset, root, description), fix, write=write, progress=True)
+    repairs = repair(open_dataset(dataset, root, description), fix, write=write, progress=progress)
     actions = [f"{count} {action}" for action, count in sorted(repairs.counts.items())]
     print(f"{'written to' if write else 'would write'} {fix}:", *actions, sep="\n")
     print(*(f"left out: {line}\n" for line in repairs.skipped), sep="", end="")
