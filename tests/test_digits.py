@@ -160,11 +160,11 @@ def test_saving_and_loading_again(clip, tmp_path):
 
 
 def test_missing_or_damaged_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pretrain_digits"):
+    with pytest.raises(FileNotFoundError, match="correct clip_weights"):
         D.digits_clip(tmp_path / "none.safetensors")
     half = tmp_path / "half.safetensors"
     half.write_bytes(WEIGHTS.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="pretrain_digits"):
+    with pytest.raises(ValueError, match="correct clip_weights"):
         D.digits_clip(half)
 
 
