@@ -44,7 +44,7 @@ class Seen:
         return self.maps + len(self.faults)
 
 
-def fits_one_way(image: Path, orientation: int, shape: tuple[int, int]) -> bool:
+def fits_one_way(orientation: int, shape: tuple[int, int]) -> bool:
     "Whether the size (H, W) of the turned image tells that its label map was turned too."
     return orientation == 1 or orientation > 4 and shape[0] != shape[1]
 
@@ -68,7 +68,7 @@ def sample_pairs(
         values, counts = ids.unique(return_counts=True)
         seen.pixels.update(dict(zip(values.tolist(), counts.tolist())))
         image = data.files[i][0]
-        if not fits_one_way(image, orientation := exif_orientation(image), ids.shape):
+        if not fits_one_way(orientation := exif_orientation(image), ids.shape):
             seen.turned.append((image, orientation))
     return seen
 
@@ -126,7 +126,7 @@ def id_problems(
             problems.append(f"the id 0, class {about.names[0]!r}, occurs {sure}: do the labels count from 1?")
     return problems
 
-
+# %% ../nbs/15_checks.ipynb #14831d7d
 def class_lines(
     about: Description,
     data: Files,
@@ -156,7 +156,7 @@ def class_lines(
             found.append(f"{line} (--sample 0 reads all)")
     return found, problems
 
-
+# %% ../nbs/15_checks.ipynb #14831d7f
 def orientation_problem(seen: Seen) -> list[str]:
     "Images whose EXIF orientation turns them, while their size does not tell whether the label map was turned too."
     if not seen.turned:
@@ -246,9 +246,9 @@ def check(
 
 # %% ../nbs/15_checks.ipynb #15c00013
 def blend(image: np.ndarray, label: np.ndarray, colors: np.ndarray, alpha: float = 0.55) -> np.ndarray:
-    "Colours of labels over an image (H, W, 3) in [0, 1]. Pixels without a class keep the image."
+    "Colours of labels over the grey image, from (H, W, 3) in [0, 1]. Pixels without a class keep their own colour."
     has_class = (label != IGNORE)[..., None]
-    over = (1 - alpha) * image + alpha * colors[np.where(label == IGNORE, 0, label)]
+    over = (1 - alpha) * image.mean(-1, keepdims=True) + alpha * colors[np.where(label == IGNORE, 0, label)]
     return np.where(has_class, over, image)
 
 

@@ -221,11 +221,7 @@ class TrainCrops(Dataset):
             size = fit_size(size, scale * r.train_short_side, scale * r.train_long_side)
             label = resize_label(label, size)
         place = random_crop(label, r.image_size, rng)
-        if size != image.shape[1:]:
-            image = resize_part(image, size, place)
-        else:
-            image = image[:, place[0], place[1]]
-        label = label[place]
+        image, label = resize_part(image, size, place), label[place]
         if r.flip_prob and torch.rand((), generator=rng) < r.flip_prob:
             image, label = image.flip(-1), label.flip(-1)
         image = photometric_distortion(image, rng) if r.photometric else image

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FilePattern', 'Patterns', 'Paths', 'Counts', 'Byte', 'Color', 'Id', 'Colors', 'Parts', 'MAX_CLASSES', 'DESCRIPTIONS',
            'SHIPPED', 'word_key', 'duplicate_word', 'split_words', 'word_groups', 'one_or_more', 'relative_path',
-           'pattern', 'Part', 'rgb', 'colours', 'default_part', 'Remedy', 'Description', 'duplicate_color',
-           'read_description', 'first_error', 'described']
+           'pattern', 'Part', 'rgb', 'colours', 'default_part', 'Remedy', 'DescriptionFields', 'Description',
+           'duplicate_color', 'read_description', 'first_error', 'described']
 
 # %% ../nbs/09_descriptions.ipynb #09a00003
 import csv
@@ -146,8 +146,8 @@ Parts = Annotated[list[Part], BeforeValidator(one_or_more), Field(min_length=1)]
 MAX_CLASSES = 250  # labels are bytes, and the last ones are reserved
 
 
-class Description(BaseModel):
-    "What a dataset is: classes, meaning of the label maps, and places of the files."
+class DescriptionFields(BaseModel):
+    "The fields of a description, with the type and the limits of each."
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -165,6 +165,10 @@ class Description(BaseModel):
     places: list[str] = [""]
     remedies: list[Remedy] = []
     source: str = ""
+
+# %% ../nbs/09_descriptions.ipynb #09a0001b
+class Description(DescriptionFields):
+    "What a dataset is: classes, meaning of the label maps, and places of the files."
 
     @model_validator(mode="before")
     @classmethod

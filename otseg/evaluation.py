@@ -66,7 +66,9 @@ def validate(
 
 # %% ../nbs/26_evaluation.ipynb #f5000022
 def evenly_spaced_subset(data: Dataset, size: int | None) -> Dataset:
-    "At most `size` items at even distances, or the whole dataset if `size` is None."
+    "At most `size` items at even distances, or the whole dataset if `size` is None. Raises ValueError: if size < 1."
+    if size is not None and size < 1:
+        raise ValueError(f"images = {size} must be at least 1")
     if size is None or size >= len(data):
         return data
     return Subset(data, [i * len(data) // size for i in range(size)])

@@ -62,7 +62,7 @@ def walk(folder: Path, visited: frozenset = frozenset()) -> list[Path]:
             found += walk(path, visited | {here}) if entry.is_dir() else [path]
     return found
 
-
+# %% ../nbs/12_folders.ipynb #16310d5e
 def find_files(root: Path, pattern: str) -> FoundFiles:
     "Files of a pattern below a root."
     found, folder = FoundFiles(), root / split_pattern(pattern)[0]
@@ -103,7 +103,7 @@ def find_listed(text: str, pattern: str, root: Path, files: dict[str, Path]) -> 
         names.append(path.removesuffix(ending))
     return next((files[name] for name in names if name in files), None)
 
-
+# %% ../nbs/12_folders.ipynb #16310d66
 def read_list(
     path: Path,
     pattern: str,  # of the images
@@ -172,7 +172,7 @@ def find_pairs(
         found.no_label.append(line.image) if label is None else found.pairs.append((line.image, label))
     return found
 
-
+# %% ../nbs/12_folders.ipynb #16310d67
 def file_problems(found: FoundPairs, part: Part) -> list[str]:
     "What is wrong with the files of a part, one line each."
     problems, total = [], len(found.pairs) + len(found.no_label) + len(found.no_image)
@@ -351,7 +351,7 @@ class DatasetOnDisk:
             refuse_links_out(self.root, found)
         return Files(found, self.about)
 
-
+# %% ../nbs/12_folders.ipynb #38502620
 def open_dataset(
     dataset: str,  # a name in SHIPPED, or folder
     root: str | Path | None = None,  # folder of the dataset, or one above it; None: the environment variable OTSEG_DATA

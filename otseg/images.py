@@ -250,6 +250,8 @@ def resize_part(
     part: tuple[slice, slice],  # rows and columns that are needed
 ) -> Tensor:  # (3, rows, columns)
     "Part of a resized image, in the time of the part. Equal to the part of `resize` up to 1e-4."
+    if tuple(size) == image.shape[1:]:
+        return image[:, part[0], part[1]]
     y, x = ((torch.arange(side)[s] + 0.5) * (2 / side) - 1 for side, s in zip(size, part))
     grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)
     return F.grid_sample(image[None], grid[None], padding_mode="border", align_corners=False)[0]

@@ -172,6 +172,8 @@ def test_few_validation_images(tmp_path):
     recipe = resolve("digits", **TWO_STEPS)
     record = fit(recipe, tmp_path, images=1, progress=False)
     assert record["images"] == 1 and record["name"] == f"{run_name(recipe)}@1-images"
+    with pytest.raises(ValueError, match="images = 0 must be at least 1"):
+        fit(recipe, tmp_path / "none", images=0, progress=False)
 
 
 @pytest.mark.parametrize("change", ["erased", "merged", "permuted"])
