@@ -99,6 +99,7 @@ class OTSeg(nn.Module):
         d = visual.output_dim
         self.register_buffer("text", check_text(text, d).clone())
         self.image_size, self.eps, self.transport = image_size, eps, find_plan(plan)
+        self.identity: dict[str, str] = {}  # digests of CLIP, words and dataset, see `otseg.identity`
         self.encoder = ImageEncoder(visual, visual_prompts=visual_prompts, dropout=dropout, apply_block=apply_block)
         self.descriptor = RelationshipDescriptor(d, init_from_clip=init_from_clip)
         self.decoder = Decoder(d, depth, attention=attention, eps=eps, dropout=dropout, plan=self.transport)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODEL_FIELDS', 'ASSETS', 'DEFAULT_CHECKPOINT', 'load_class_embeddings', 'build_model', 'checkpoint_header',
            'finite_weights', 'save_checkpoint', 'read_checkpoint', 'load_trainable_state', 'first_difference',
-           'load_weights', 'check_same_model', 'load_recipe_benchmark', 'with_dataset_name', 'training_benchmark',
-           'check_official_classes', 'recipe_for_target', 'load_official_state', 'load_model', 'is_otseg_checkpoint',
-           'official_recipe', 'half_checkpoint']
+           'load_weights', 'check_same_model', 'inductive_recipe', 'inductive_checkpoint', 'load_recipe_benchmark',
+           'with_dataset_name', 'training_benchmark', 'check_official_classes', 'recipe_for_target',
+           'load_official_state', 'load_model', 'is_otseg_checkpoint', 'official_recipe', 'half_checkpoint']
 
 # %% ../nbs/25_models.ipynb #a0000018
 import json
@@ -15,7 +15,6 @@ import os
 import warnings
 from dataclasses import asdict, replace
 from functools import partial
-from hashlib import sha256
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
@@ -26,10 +25,11 @@ from torch import Tensor
 from .benchmarks import BenchmarkSource, clip_by_name, load_benchmark
 from .checkpoints import provenance, read_tensors, write_tensors
 from .data import Benchmark
+from .identity import check_identity, clip_identity, words_digest
 from .model import OTSeg
 from .official import read_official
-from .recipes import Recipe, change, resolve, upgrade_fields
-from .text import TEMPLATES, cached_class_embeddings, class_embeddings, mean_of_words
+from .recipes import Recipe, change, differences, resolve, run_name, upgrade_fields
+from .text import TEMPLATES, cached_class_embeddings, check_known, class_embeddings, mean_of_words
 
 # %% ../nbs/25_models.ipynb #bac544c9
 def load_class_embeddings(
@@ -41,6 +41,7 @@ def load_class_embeddings(
     cache = Path(os.environ.get("OTSEG_CACHE") or Path.home() / ".cache" / "otseg")
     groups, templates = bench.word_groups, TEMPLATES[: recipe.num_templates]
     words = [word for group in groups.values() for word in group]
+    check_known(clip, words)
     try:
         text = cached_class_embeddings(words, templates, clip, cache)
     except OSError:
@@ -54,7 +55,7 @@ def build_model(
 ) -> OTSeg:
     "The model that a recipe describes, with freshly initialised weights."
     clip = bench.clip()
-    return OTSeg(
+    model = OTSeg(
         visual=clip.visual,
         text=load_class_embeddings(recipe, bench, clip),
         image_size=recipe.image_size,
@@ -66,9 +67,13 @@ def build_model(
         dropout=recipe.dropout,
         init_from_clip=recipe.init_from_clip,
     )
+    towers = clip_identity(clip)
+    templates = TEMPLATES[: recipe.num_templates] * recipe.template_repeats
+    model.identity = towers | {"class_embeddings": words_digest(towers["clip_text"], bench.word_groups, templates)}
+    return model
 
 # %% ../nbs/25_models.ipynb #1198f4b3
-def checkpoint_header(recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
+def checkpoint_header(model: OTSeg, recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
     "Header of a checkpoint after `iteration` steps."
     return {
         "recipe": asdict(recipe),
@@ -77,6 +82,7 @@ def checkpoint_header(recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
         "words": bench.words,
         "templates": recipe.text_prompts,
         "iteration": iteration,
+        "identity": model.identity,
         **provenance(),
     }
 
@@ -100,7 +106,7 @@ def save_checkpoint(
     iteration: int,  # steps done
 ):
     "Write the trained weights with their header. Raises FloatingPointError; OSError: if the disk is full."
-    write_tensors(path, finite_weights(model, iteration), checkpoint_header(recipe, bench, iteration))
+    write_tensors(path, finite_weights(model, iteration), checkpoint_header(model, recipe, bench, iteration))
 
 # %% ../nbs/25_models.ipynb #b3ab1884
 def read_checkpoint(
@@ -152,6 +158,7 @@ def load_weights(
             f"{path} was trained for {len(header['classes'])} classes, but the dataset has {len(classes)}; "
             f"the first that differs, number {i}, is {theirs!r} in the file and {ours!r} in the dataset"
         )
+    check_identity(header.get("identity", {}), model.identity, "start", path)
     load_trainable_state(model, state, path)
     return header
 
@@ -177,6 +184,24 @@ def check_same_model(theirs: Recipe, ours: Recipe, path):
                 f"{path} was trained with {name} = {getattr(theirs, name)!r}, "
                 f"but this recipe has {getattr(ours, name)!r}"
             )
+
+# %% ../nbs/25_models.ipynb #70693634
+def inductive_recipe(recipe: Recipe) -> Recipe:
+    "The recipe of the inductive run that a transductive run starts from."
+    return resolve(recipe.dataset, "inductive", **differences(recipe))
+
+
+def inductive_checkpoint(recipe: Recipe, folder: Path) -> Path:
+    """The checkpoint that a transductive run starts from: half-way through the inductive run in `folder`.
+
+    Raises FileNotFoundError: if that run does not exist."""
+    path = folder / run_name(inductive_recipe(recipe)) / "half.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"transductive training starts from an inductive run, but there is no {path}: "
+            "run the setting 'inductive' first, or give init"
+        )
+    return path
 
 # %% ../nbs/25_models.ipynb #5ee4b29b
 def load_recipe_benchmark(
@@ -273,6 +298,8 @@ def load_model(
     recipe = recipe if bench.name == own.name else recipe_for_target(recipe, bench.dataset or bench.name)
     model = build_model(recipe, bench)
     if trained is None:
+        same = bench.classes == own.classes and bench.name == own.name
+        check_identity(header.get("identity", {}), model.identity, "own classes" if same else "other classes", path)
         load_trainable_state(model, state, path)
     else:
         load_official_state(model, state, path, recipe.clip)
@@ -310,13 +337,12 @@ def half_checkpoint(
     checkpoint: str | Path,  # checkpoint of ours
     out: str | Path,  # .safetensors file to write
 ) -> Path:
-    "Write a checkpoint in half precision, with the digest of the small CLIP. Raises FileNotFoundError, ValueError."
+    "Write a checkpoint in half precision. Raises FileNotFoundError, ValueError."
     if not is_otseg_checkpoint(checkpoint):
         raise ValueError(f"{checkpoint} is not a checkpoint that `fit` wrote")
     with safe_open(checkpoint, "pt") as f:
         state = {name: f.get_tensor(name).half() for name in f.keys()}
         header = json.loads(f.metadata()["otseg"])
-    header["small_clip"] = sha256((ASSETS / "digits_clip.safetensors").read_bytes()).hexdigest()
     write_tensors(out, state, header)
     Path(out).chmod(0o644)  # readable for every user of an installed package
     return Path(out)

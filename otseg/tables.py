@@ -20,8 +20,9 @@ import pandas as pd
 
 from .checkpoints import project_root, write_json
 from .metrics import METRICS
+from .models import inductive_recipe
 from .recipes import SETTINGS, Recipe, differences, resolve, run_name
-from .training import fit, inductive_recipe
+from .training import fit
 
 # %% ../nbs/42_tables.ipynb #544f1c5f
 ONE_REPEATED = {"num_templates": 1, "template_repeats": 6}

@@ -30,7 +30,7 @@ from otseg.tables import (
     train_run,
     write_record,
 )
-from otseg.training import inductive_recipe
+from otseg.models import inductive_recipe
 
 RECORDS = ROOT / "results/runs"
 DATASETS = sorted({dataset for dataset, _ in RECIPES})
