@@ -158,7 +158,6 @@ def load_weights(
             f"{path} was trained for {len(header['classes'])} classes, but the dataset has {len(classes)}; "
             f"the first that differs, number {i}, is {theirs!r} in the file and {ours!r} in the dataset"
         )
-    check_identity(header.get("identity", {}), model.identity, "start", path)
     load_trainable_state(model, state, path)
     return header
 

@@ -95,6 +95,7 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
     if init is not None:
         header = load_weights(model, init, bench.classes)
         check_same_model(header["recipe"], recipe, init)
+        check_identity(header.get("identity", {}), model.identity, "start", init)
     trainer = make_trainer(model, recipe, bench, accelerator, options.per_device)
     workers = default_workers(recipe.dataset) if options.workers is None else options.workers
     views = dict(crops=TrainCrops(train, recipe, table), val=EvalView(val, recipe))

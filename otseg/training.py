@@ -213,10 +213,11 @@ def fit(
     options = RunOptions(
         Path(out), init, root, description, clip_weights, per_device, workers, images, tracker, resume, progress
     )
-    check_writable(out)
     run = setup_run(recipe, options)
-    if run.is_main and not resume:
-        shutil.rmtree(run.out / "states", ignore_errors=True)
+    if run.is_main:
+        check_writable(run.out)
+        if not resume:
+            shutil.rmtree(run.out / "states", ignore_errors=True)
     run.accelerator.wait_for_everyone()
     state, log = restore_state(run), None
     if run.is_main:

@@ -342,10 +342,10 @@ def test_a_folder_that_cannot_be_made(data, tmp_path):
 
 
 def test_a_folder_that_is_not_writable(data, tmp_path, monkeypatch):
-    def refuse(path, *args):
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(OSError, match="nothing can be written to .* .Permission denied.: choose another folder as out"):
         run(data, tmp_path / "run")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import close, few_digits
 
+from otseg import runs as run_module
 from otseg import steps, training
 from otseg.checkpoints import newest_state, write_state
 from otseg.data import EvalView, TrainCrops
@@ -30,7 +31,7 @@ def bench():
 
 @pytest.fixture(autouse=True)
 def few_scenes(bench, monkeypatch):
-    monkeypatch.setattr(training, "load_recipe_benchmark", lambda *args: bench)
+    monkeypatch.setattr(run_module, "load_recipe_benchmark", lambda *args: bench)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def runs(bench, tmp_path_factory):
         return models[-1]
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, "load_recipe_benchmark", lambda *args: bench)
-        m.setattr(training, "build_model", keep_model)
+        m.setattr(run_module, "load_recipe_benchmark", lambda *args: bench)
+        m.setattr(run_module, "build_model", keep_model)
         for setting in ("inductive", "transductive"):
             recipe = resolve("digits", setting, **SHORT)
             record = fit(recipe, folder / run_name(recipe), progress=False)
@@ -185,7 +186,7 @@ def test_inductive_weights_do_not_depend_on_labels_of_unseen_classes(bench, runs
     data = [item | {"label": table[item["label"]]} for item in bench.images("train")]
     assert any((item["label"] != table[item["label"]]).any() for item in bench.images("train"))
     images = {"train": data, "val": bench.images("val")}.get
-    monkeypatch.setattr(training, "load_recipe_benchmark", lambda *args: replace(bench, images=images))
+    monkeypatch.setattr(run_module, "load_recipe_benchmark", lambda *args: replace(bench, images=images))
     recipe, _, folder, _ = runs["inductive"]
     fit(recipe, tmp_path, progress=False)
     ours, theirs = (read_checkpoint(path / "last.safetensors")[0] for path in (tmp_path, folder))
@@ -203,7 +204,7 @@ def test_each_step_has_its_mode_learning_rate_and_gradients(monkeypatch, tmp_pat
 
     monkeypatch.setattr(steps, "loss_terms", spy)
     monkeypatch.setattr(steps, "make_optimizer", lambda *a: optimizers.append(make_optimizer(*a)) or optimizers[0])
-    monkeypatch.setattr(training, "TrainCrops", lambda *a: seeds.append(a[1].seed) or TrainCrops(*a))
+    monkeypatch.setattr(run_module, "TrainCrops", lambda *a: seeds.append(a[1].seed) or TrainCrops(*a))
     recipe = resolve("digits", seed=5, **SHORT)
     fit(recipe, tmp_path, progress=False)
     assert seen == [(True, lr_at(t, recipe), True) for t in range(6)] and seeds == [5]
