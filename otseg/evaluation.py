@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .benchmarks import BenchmarkSource, load_benchmark, unseen_indices
 from .checkpoints import provenance
 from .data import Benchmark, EvalView
-from .identity import dataset_digest
+from .identity import split_digest
 from .inference import PATH_WEIGHTS, predict_paths
 from .metrics import METRICS, confusion, zs3_metrics
 from .model import DenseCLIP, OTSeg
@@ -255,7 +255,7 @@ def evaluate_checkpoint(
     recipe, device = change(recipe, **changes), best_device()
     val = bench.images("val")
     data = evenly_spaced_subset(EvalView(val, recipe), images)
-    identity = model.identity | {"val": dataset_digest(val)}
+    identity = model.identity | {"val": split_digest(val)}
     options = dict(workers=default_workers(target) if workers is None else workers, progress=progress)
     metrics = validate(model.to(device), bench, recipe, data, paths=paths, **options)
     if baseline:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .checkpoints import newest_state, read_log, write_state
 from .data import EndlessBatches, EvalView, TrainCrops
 from .evaluation import default_workers, evenly_spaced_subset
-from .identity import check_identity, dataset_digest
+from .identity import check_identity, split_digest
 from otseg.models import (
     build_model,
     check_same_model,
@@ -91,7 +91,7 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
     accelerator = new_accelerator(recipe.precision)
     set_seed(recipe.seed)
     model = build_model(recipe, bench)
-    model.identity["dataset"] = dataset_digest(train, all_val)
+    model.identity |= {"train": split_digest(train), "val": split_digest(all_val)}
     if init is not None:
         header = load_weights(model, init, bench.classes)
         check_same_model(header["recipe"], recipe, init)

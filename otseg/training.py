@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import debug_launcher, notebook_launcher
-from .runs import Progress, Run, RunOptions, make_loader, restore_state, save_state, set_random_states, setup_run
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -32,6 +31,7 @@ from .model import Masks
 from .models import save_checkpoint
 from .ot import ConvergenceReport, defer_convergence_checks
 from .recipes import Recipe, change, run_name
+from .runs import Progress, Run, RunOptions, make_loader, restore_state, save_state, set_random_states, setup_run
 from .steps import lr_at, training_step
 from .tracking import Tracker, scene_picture
 

@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from otseg.cli import main
 from otseg.metrics import METRICS
+from otseg.models import inductive_recipe
 from otseg.recipes import RECIPES, resolve, run_name
 from otseg.tables import (
     NOT_RUN,
@@ -30,7 +31,6 @@ from otseg.tables import (
     train_run,
     write_record,
 )
-from otseg.models import inductive_recipe
 
 RECORDS = ROOT / "results/runs"
 DATASETS = sorted({dataset for dataset, _ in RECIPES})
