@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['STYLE', 'app', 'Root', 'ClipWeights', 'DescriptionFile', 'Classes', 'MpsaWeight', 'Workers', 'Commands',
            'print_version', 'otseg', 'main', 'check', 'show', 'train', 'with_recipe_options', 'train_command',
-           'evaluate', 'mask_paths', 'segment_files', 'predict', 'convert', 'export', 'Listing', 'tables']
+           'evaluate', 'segment_files', 'predict', 'convert', 'export', 'Listing', 'tables']
 
 # %% ../nbs/34_cli.ipynb #1ac88e0a
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from enum import Enum
 from importlib import import_module
@@ -29,6 +30,18 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx, args):
         name, command, rest = super().resolve_command(ctx, args)
         return name, train_command() if command is not None and command.name == "train" else command, rest
+
+    def invoke(self, ctx):
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt as stopped:
+            print(stopped if str(stopped) else "stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing can be flushed at the end
+            raise typer.Exit(141) from None
 
 
 STYLE = dict(
@@ -73,6 +86,11 @@ def main(
     except (ValueError, OSError, ImportError) as error:
         print(f"otseg: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        print(f"otseg: this is a fault of otseg {__version__}: please report it with the lines above", file=sys.stderr)
+        return 1
+    return 0
 
 # %% ../nbs/34_cli.ipynb #c6936bed
 Root = Annotated[
@@ -139,6 +157,7 @@ def train(
     ] = None,
     workers: Workers = None,
     images: Annotated[int | None, typer.Option(help="Validation images, evenly spread [default: all].")] = None,
+    tracker: Annotated[str, typer.Option(help="none, tensorboard, wandb or trackio.")] = "none",
     resume: Annotated[
         bool, typer.Option("--resume/--anew", help="Continue the run in the folder, or start it anew.")
     ] = True,
@@ -152,12 +171,8 @@ def train(
     recipe = resolve(dataset, setting, **{name: value for name, value in changes.items() if value is not None})
     recipe = with_dataset_name(recipe, load_recipe_benchmark(recipe, root, clip_weights, description))
     options = dict(root=root, description=description, clip_weights=clip_weights)
-    options |= dict(per_device=per_device, workers=workers, images=images, resume=resume)
-    try:
-        show(fit(recipe, out or Path("runs") / dataset / run_name(recipe), init=init, **options))
-    except KeyboardInterrupt as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(130) from None
+    options |= dict(per_device=per_device, workers=workers, images=images, tracker=tracker, resume=resume)
+    show(fit(recipe, out or Path("runs") / dataset / run_name(recipe), init=init, **options))
 
 # %% ../nbs/34_cli.ipynb #1061e319
 def with_recipe_options(
@@ -211,40 +226,18 @@ def evaluate(
     record: Annotated[Path | None, typer.Option(help="JSON file to write the record to.")] = None,
 ):
     "Evaluate a checkpoint on its own dataset or on another."
-    from otseg.checkpoints import write_json
+    from otseg.checkpoints import check_writable, write_json
     from otseg.evaluation import evaluate_checkpoint
 
+    if record:
+        check_writable(record.parent, "the place of record")
     options = dict(target=target, root=root, description=description, clip_weights=clip_weights)
     options |= dict(trained=trained, setting=setting)
     changes = {name: v for name, v in dict(calibration=calibration, stride=stride).items() if v is not None}
     result = evaluate_checkpoint(checkpoint, images=images, workers=workers, **options, **changes)
+    show(result.record)
     if record:
         write_json(record, result.record)
-    show(result.record)
-
-# %% ../nbs/34_cli.ipynb #b3edd929
-def mask_paths(
-    images: Sequence[Path],  # files and folders
-    out: Path,  # folder
-) -> dict[Path, Path]:  # image -> the .png of its mask
-    """Mask file of each image: a.png for a.jpg, or a.jpg.png if two images have the stem a.
-
-    Raises ValueError: if a mask would overwrite another mask or an image."""
-    from otseg.images import IMAGE_ENDINGS
-
-    in_folder = lambda folder: sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
-    files = list(dict.fromkeys(file for path in images for file in (in_folder(path) if path.is_dir() else [path])))
-    stems = [file.stem for file in files]
-    masks = {file: out / (f"{file.stem if stems.count(file.stem) == 1 else file.name}.png") for file in files}
-    if len(set(masks.values())) < len(files):
-        masks = {file: out / f"{'_'.join(file.resolve().parts[-2:])}.png" for file in files}
-    targets = {mask.resolve() for mask in masks.values()}
-    if len(targets) < len(files) or targets & {file.resolve() for file in files}:
-        raise ValueError(
-            f"the masks in {out} would overwrite each other or an image: "
-            "choose another folder, or fewer images at a time"
-        )
-    return masks
 
 # %% ../nbs/34_cli.ipynb #33686229
 def segment_files(
@@ -261,7 +254,7 @@ def segment_files(
     from otseg.images import open_image
 
     skipped = 0
-    for path, mask in tqdm(masks.items(), desc="predict", unit="image", disable=not progress):
+    for number, (path, mask) in enumerate(tqdm(masks.items(), desc="predict", unit="image", disable=not progress), 1):
         try:
             result = segment(open_image(path))
         except (ValueError, OSError) as error:
@@ -270,7 +263,7 @@ def segment_files(
             continue
         result.save(mask)
         if coco:
-            result.save(mask.with_suffix(".json"))
+            result.save(mask.with_suffix(".json"), image_id=int(path.stem) if path.stem.isdecimal() else number)
         if overlay:
             mask.with_name(f"{mask.stem}_overlay.png").write_bytes(result._repr_png_())
     return skipped
@@ -279,6 +272,7 @@ def segment_files(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files; a folder stands for the images in it.")],
+    recursive: Annotated[bool, typer.Option("--recursive", help="Also the images in folders of folders.")] = False,
     classes: Classes = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Of otseg, official, or converted [default: the shipped small model].")
@@ -304,9 +298,11 @@ def predict(
     "Segment images with your own words."
     from PIL import Image
 
-    from otseg.predict import load
+    from otseg.checkpoints import check_writable
+    from otseg.predict import load, mask_paths
 
-    masks = mask_paths(images, out)
+    masks = mask_paths(images, out, recursive)
+    check_writable(out)
     segmenter = load(checkpoint, clip_weights, device)
     options = dict(background=background, mpsa_weight=mpsa_weight, calibration=calibration, eps=eps)
     segment = lambda image: segmenter(image, classes, **options)
@@ -317,7 +313,7 @@ def predict(
     done = f"{len(masks) - skipped} of {len(masks)} images segmented, masks in {out}"
     print(f"{done}; {skipped} skipped" if skipped else done)
     if skipped:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if skipped < len(masks) else 2)
 
 # %% ../nbs/34_cli.ipynb #216a3de7
 @app.command()
@@ -399,8 +395,9 @@ def tables(
 ):
     "List the runs that a results table lacks."
     from otseg.recipes import run_name
-    from otseg.tables import commands, missing, runs_for_table
+    from otseg.tables import check_counts, commands, missing, runs_for_table
 
+    check_counts(seeds=seeds, splits=splits)
     given = [name.strip() for name in settings.split(",")]
     runs = runs_for_table(table, dataset, given, range(seeds), range(splits), max_iters=max_iters)
     if what is Listing.missing:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_KEYS', 'EVALUATION_FIELDS', 'ErrorsAsItems', 'validate', 'evenly_spaced_subset', 'validate_dense_clip',
            'json_metrics', 'determinism', 'device_name', 'make_record', 'metrics_table', 'markdown', 'Evaluation',
-           'best_device', 'default_workers', 'evaluate_checkpoint']
+           'best_device', 'check_device', 'default_workers', 'evaluate_checkpoint']
 
 # %% ../nbs/26_evaluation.ipynb #a000001b
 import math
@@ -216,6 +216,17 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def check_device(name: str | torch.device) -> torch.device:
+    "The device of a name. Raises ValueError: if PyTorch does not find it on this machine."
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = dict.fromkeys(["cpu", best_device().type])
+        raise ValueError(f"device = {str(name)!r} is not on this machine: choose {' or '.join(found)}") from None
+    return device
+
+
 def default_workers(dataset: str) -> int:
     "Number of processes that read images: 0 for the embedded benchmark, which is in memory."
     return 0 if dataset == "digits" else min(8, os.cpu_count() or 1)
@@ -249,7 +260,7 @@ def evaluate_checkpoint(
     target = target or source.dataset
     split = source.split if target == source.dataset else 0
     bench = load_benchmark(BenchmarkSource(target, split, root, description=description))
-    if source.unseen and bench.name == (source.dataset_name or source.dataset):
+    if source.unseen and (target, bench.name) == (source.dataset, source.dataset_name or source.dataset):
         bench = replace(bench, unseen=unseen_indices(source.unseen, bench.classes))
     model, recipe, bench = load_model(checkpoint, clip_weights=clip_weights, target=bench, trained=official)
     recipe, device = change(recipe, **changes), best_device()

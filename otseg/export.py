@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints import check_writable
 from .images import normalize
 from .mps import cosine, plan_score
 from .mpsa import PlanScore
@@ -141,7 +142,11 @@ def export_onnx(
 
     Raises ImportError: if a dependency is missing; ValueError: if the outputs differ by more than `tol`."""
     require("onnx"), require("onnxruntime")
-    size, out = size or (seg.model.image_size,) * 2, Path(out)
+    size, out, patch = size or (seg.model.image_size,) * 2, Path(out), seg.model.encoder.visual.patch_size
+    if any(side < 1 or side % p for side, p in zip(size, patch)):
+        near = " ".join(str(max(p, round(side / p) * p)) for side, p in zip(size, patch))
+        raise ValueError(f"size = {size[0]} {size[1]}: both must be multiples of the patch, for example {near}")
+    check_writable(out.parent)
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     graph = Graph(seg, classes, mpsa_weight).eval()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -91,12 +91,14 @@ class Unreadable(ValueError):
 
 # %% ../nbs/10_images.ipynb #8dfa9edc
 def decode(
-    path: str | Path,
+    path: str | Path | BinaryIO,  # or an open file
     what: str,  # for the message, for example "an image"
     use: Callable,  # opened PIL image -> result
 ) -> Any:
     "Result of `use`. Raises FileNotFoundError: if there is no file; Unreadable: if it cannot be decoded."
-    if not Path(path).is_file():
+    if not isinstance(path, (str, Path)):
+        path.seek(0)
+    elif not Path(path).is_file():
         raise FileNotFoundError(f"{path} cannot be read as {what}: there is no such file")
     try:
         with warnings.catch_warnings():
@@ -129,17 +131,19 @@ def local_path(
 
 
 def open_image(
-    source: Any,  # path, file: URL, PIL image, array or tensor
+    source: Any,  # path, file: URL, open file, PIL image, array or tensor
 ) -> Image.Image:  # RGB
     "Open an image as RGB. Raises FileNotFoundError, or ValueError: if it is no image that `to_rgb` can convert."
     if isinstance(source, Image.Image):
         return to_rgb(source)
     if torch.is_tensor(source) or isinstance(source, np.ndarray):
         return to_rgb(from_array(source))
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        return decode(source, "an image", to_rgb)
     if not isinstance(source, (str, Path)):
         raise ValueError(
             f"an image cannot be a {type(source).__name__}: "
-            "pass a path, a PIL image, an array, a tensor, or a list of these"
+            "pass a path, an open file, a PIL image, an array, a tensor, or a list of these"
         )
     path = local_path(source)
     if path.is_dir():

@@ -7,7 +7,8 @@ __all__ = ['MODEL_FIELDS', 'ASSETS', 'DEFAULT_CHECKPOINT', 'load_class_embedding
            'finite_weights', 'save_checkpoint', 'read_checkpoint', 'load_trainable_state', 'first_difference',
            'load_weights', 'check_same_model', 'inductive_recipe', 'inductive_checkpoint', 'load_recipe_benchmark',
            'with_dataset_name', 'training_benchmark', 'check_official_classes', 'recipe_for_target',
-           'load_official_state', 'load_model', 'is_otseg_checkpoint', 'official_recipe', 'half_checkpoint']
+           'load_official_state', 'is_same_dataset', 'load_model', 'is_otseg_checkpoint', 'official_recipe',
+           'half_checkpoint']
 
 # %% ../nbs/25_models.ipynb #a0000018
 import json
@@ -277,6 +278,12 @@ def load_official_state(model: OTSeg, state: dict[str, Tensor], path, clip: str)
         raise ValueError(f"{path} does not fit {clip}: {(unexpected or missing)[0]} is {problem}")
 
 
+def is_same_dataset(bench: Benchmark, other: Benchmark) -> bool:
+    "Whether two benchmarks have the same name, layout and classes. A folder may have the name of another dataset."
+    theirs, ours = ((b.name, b.dataset or b.name, b.classes) for b in (bench, other))
+    return theirs == ours
+
+
 def load_model(
     path: str | Path,  # checkpoint of ours, or an official one
     *,
@@ -294,10 +301,10 @@ def load_model(
         own = load_recipe_benchmark(recipe, clip_weights=clip_weights)
         check_official_classes(path, config, own)
     bench = own if target is None else replace(target, clip=own.clip)
-    recipe = recipe if bench.name == own.name else recipe_for_target(recipe, bench.dataset or bench.name)
+    same = is_same_dataset(bench, own)
+    recipe = recipe if same else recipe_for_target(recipe, bench.dataset or bench.name)
     model = build_model(recipe, bench)
     if trained is None:
-        same = bench.classes == own.classes and bench.name == own.name
         check_identity(header.get("identity", {}), model.identity, "own classes" if same else "other classes", path)
         load_trainable_state(model, state, path)
     else:

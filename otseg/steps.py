@@ -160,7 +160,9 @@ def make_trainer(
     accelerator: Accelerator,
     per_device: int | None = None,  # images that a device processes at a time; None: its share of the batch
 ) -> Trainer:
-    "Move a model to the accelerator's device and prepare everything for training steps."
+    "Move a model to the accelerator's device and prepare all for training steps. Raises ValueError: per_device < 1."
+    if per_device is not None and per_device < 1:
+        raise ValueError(f"per_device = {per_device} must be at least 1")
     net, opt = accelerator.prepare(model, make_optimizer(model, recipe))
     return Trainer(
         recipe=recipe,

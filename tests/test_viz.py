@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from otseg import viz
+from otseg.curves import plot_curves
 from otseg.evaluation import markdown, metrics_table
 
 NAMES = ["road", "sky", "cat", "dog"]
@@ -46,7 +47,7 @@ def every_figure():
         viz.overlay(IMAGE, MASK, NAMES, [2, 3]),
         viz.show_predictions([IMAGE] * 2, [MASK] * 2, {"mps": [MASK] * 2}, NAMES, [2, 3]),
         viz.plan_maps(T, 3, 4, names=["cat", "dog"], image=IMAGE),
-        viz.curves(log()),
+        plot_curves(log()),
     ]
 
 
@@ -60,7 +61,7 @@ def test_functions_return_figures_and_open_none():
 def test_arguments_and_settings_stay_as_they_are():
     image, mask, table, rc = IMAGE.clone(), MASK.clone(), log(), dict(plt.rcParams)
     every_figure()
-    viz.curves(table)
+    plot_curves(table)
     assert torch.equal(image, IMAGE) and torch.equal(mask, MASK) and table.equals(log()) and rc == dict(plt.rcParams)
 
 
@@ -116,16 +117,16 @@ def test_plan_maps_are_relative_to_the_uniform_plan():
 
 
 def test_curves_panels():
-    fig = viz.curves(log())
+    fig = plot_curves(log())
     assert [a.get_ylabel() for a in fig.axes] == ["loss", "S (%)", "U (%)", "hIoU (%)"]
     y = fig.axes[1].lines[0].get_ydata()
     assert np.allclose(y, [12.5, 25, 37.5, 50])
-    only_losses = viz.curves(log()[["iteration", "loss"]])
+    only_losses = plot_curves(log()[["iteration", "loss"]])
     assert [a.get_ylabel() for a in only_losses.axes] == ["loss"]
-    supervised = viz.curves(log().assign(**{"mps.miou_unseen": np.nan, "mps.hiou": np.nan}))
+    supervised = plot_curves(log().assign(**{"mps.miou_unseen": np.nan, "mps.hiou": np.nan}))
     assert [a.get_ylabel() for a in supervised.axes] == ["loss", "S (%)"]
     staged = pd.concat([log().assign(setting="inductive"), log().assign(setting="transductive")])
-    assert "transductive" in [t.get_text() for t in viz.curves(staged).axes[1].get_legend().get_texts()]
+    assert "transductive" in [t.get_text() for t in plot_curves(staged).axes[1].get_legend().get_texts()]
 
 
 def test_palette():
@@ -159,7 +160,7 @@ def test_picture_is_small_and_faithful(tmp_path):
         (lambda: viz.show_predictions([IMAGE], [MASK], {"mps": [MASK[1:]]}, NAMES), ["mps", "(23, 32)", "(24, 32)"]),
         (lambda: viz.plan_maps(torch.ones(12, 2), 3, 5), ["(1, 12, 2)", "3 x 5"]),
         (lambda: viz.plan_maps(torch.ones(12, 2), 3, 4, prompts=["a"]), ["2 prompts", "1 prompt"]),
-        (lambda: viz.curves(pd.DataFrame({"step": [1]})), ["step", "iteration"]),
+        (lambda: plot_curves(pd.DataFrame({"step": [1]})), ["step", "iteration"]),
     ],
 )
 def test_refusals_name_both_values(call, words):
