@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'app', 'Root', 'ClipWeights', 'DescriptionFile', 'Classes', 'MpsaWeight', 'Workers', 'Commands',
-           'print_version', 'otseg', 'main', 'check', 'show', 'train', 'with_recipe_options', 'train_command',
+           'print_version', 'otseg', 'main', 'check', 'show', 'train', 'with_recipe_options', 'recipe_command',
            'evaluate', 'segment_files', 'predict', 'convert', 'export', 'Listing', 'tables']
 
 # %% ../nbs/34_cli.ipynb #1ac88e0a
@@ -25,13 +25,17 @@ from . import __version__
 
 # %% ../nbs/34_cli.ipynb #1c650fec
 class Commands(TyperGroup):
-    "The commands of `otseg`; `train` gets its options when it runs."
+    "The commands of `otseg`; some get their options when they run."
 
     def resolve_command(self, ctx, args):
         name, command, rest = super().resolve_command(ctx, args)
-        return name, train_command() if command is not None and command.name == "train" else command, rest
+        function = inspect.unwrap(command.callback) if command is not None else None
+        if function and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
+            command = recipe_command(function)
+        return name, command, rest
 
     def invoke(self, ctx):
+        "Run a command. A stop or a closed pipe ends it with its own status."
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -177,6 +181,7 @@ def train(
 # %% ../nbs/34_cli.ipynb #1061e319
 def with_recipe_options(
     command: Callable,  # with an argument **changes
+    without: Sequence[str] = (),  # fields that are no option
 ) -> Callable:
     "Replace **changes in the signature of a command by one option for each field of `Recipe`."
     from otseg.recipes import Recipe
@@ -190,17 +195,18 @@ def with_recipe_options(
             annotation=Annotated[type(field.default) | None, typer.Option(help=field.description)],
         )
         for name, field in Recipe.__pydantic_fields__.items()
-        if name not in {p.name for p in own}
+        if name not in {p.name for p in own} | {*without}
     ]
     command.__signature__ = inspect.Signature(own + options)
     command.__annotations__ = {p.name: p.annotation for p in own + options}
     return command
 
 
-def train_command():
-    "The command `train` with its options."
+def recipe_command(function: Callable):
+    "A command with its options and those of the recipe."
     single = typer.Typer(**STYLE)
-    single.command("train")(with_recipe_options(train))
+    singular = [name.removesuffix("s") for name in inspect.signature(function).parameters]  # `seeds` replaces `seed`
+    single.command(function.__name__)(with_recipe_options(function, singular))
     return typer.main.get_command(single)
 
 # %% ../nbs/34_cli.ipynb #9e82352f
@@ -302,11 +308,11 @@ def predict(
     from otseg.predict import load, mask_paths
 
     masks = mask_paths(images, out, recursive)
-    check_writable(out)
     segmenter = load(checkpoint, clip_weights, device)
     options = dict(background=background, mpsa_weight=mpsa_weight, calibration=calibration, eps=eps)
     segment = lambda image: segmenter(image, classes, **options)
     segment(Image.new("RGB", (1, 1)))
+    check_writable(out)
     if coco:
         import_module("pycocotools")
     skipped = segment_files(segment, masks, overlay=overlay, coco=coco, progress=not quiet)
@@ -385,25 +391,28 @@ def tables(
     settings: Annotated[str, typer.Option(help="Comma-separated.")] = "inductive,transductive,fully_supervised",
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 5,
     splits: Annotated[int, typer.Option(help="Number of splits, for digits.")] = 1,
-    max_iters: Annotated[int | None, typer.Option(help="Optimiser steps [default: the recipe's].")] = None,
     root: Root = None,
+    description: DescriptionFile = None,
     clip_weights: ClipWeights = None,
     per_device: Annotated[int | None, typer.Option(help="Images at a time on a device.")] = None,
     records: Annotated[
         Path | None, typer.Option(help="Folder of the records [default: results/runs and runs/records].")
     ] = None,
+    **changes,
 ):
     "List the runs that a results table lacks."
     from otseg.recipes import run_name
-    from otseg.tables import check_counts, commands, missing, runs_for_table
+    from otseg.tables import check_counts, commands, dataset_name, missing, runs_for_table
 
     check_counts(seeds=seeds, splits=splits)
     given = [name.strip() for name in settings.split(",")]
-    runs = runs_for_table(table, dataset, given, range(seeds), range(splits), max_iters=max_iters)
+    changes |= dataset_name(dataset, root, description)
+    runs = runs_for_table(table, dataset, given, range(seeds), range(splits), **changes)
     if what is Listing.missing:
         lines = [run_name(recipe) for recipe in missing(runs, records)]
     else:
-        lines = commands(runs, records, root=root, clip_weights=clip_weights, per_device=per_device)
+        where = dict(root=root, description=description, clip_weights=clip_weights, per_device=per_device)
+        lines = commands(runs, records, **where)
     print(*lines, sep="\n")
 
 # %% ../nbs/34_cli.ipynb #b9018b45

@@ -11,6 +11,7 @@ from helpers import TINY
 from PIL import Image
 
 from otseg import cli, predict
+from otseg.predict import mask_paths
 from otseg.recipes import Recipe
 
 COMMANDS = ("check", "train", "evaluate", "predict", "convert", "export", "tables")
@@ -52,11 +53,11 @@ def test_predict_reads_folders_and_writes_coco(tmp_path, capsys):
 
 def test_masks_never_overwrite(tmp_path):
     a, b = folder_of(tmp_path / "a", "x.png", "x.jpg"), folder_of(tmp_path / "b", "x.png")
-    names = lambda images: [mask.name for mask in cli.mask_paths(images, tmp_path / "out").values()]
+    names = lambda images: [mask.name for mask in mask_paths(images, tmp_path / "out").values()]
     assert names([a]) == ["x.jpg.png", "x.png.png"]
     assert names([a, b]) == ["a_x.jpg.png", "a_x.png.png", "b_x.png.png"]
     with pytest.raises(ValueError, match="overwrite"):
-        cli.mask_paths([b], b)
+        mask_paths([b], b)
 
 
 @pytest.mark.parametrize(

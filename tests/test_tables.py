@@ -85,7 +85,9 @@ def runs_of(command):
     assert words[:2] == ["papermill", "nbs/train.ipynb"] and set(words[3::3]) == {"-p"}
     setting, dataset = given.pop("setting"), given.pop("dataset")
     default = resolve(dataset)
-    changes = {name: type(getattr(default, name))(value) for name, value in given.items() if name != "root"}
+    changes = {
+        name: type(getattr(default, name))(value) for name, value in given.items() if name not in ("root", "records")
+    }
     return [
         run_name(resolve(dataset, s, **changes))
         for s in (("inductive", "transductive") if setting == "all" else (setting,))
@@ -151,8 +153,9 @@ def test_new_records_go_to_the_ignored_folder(tmp_path, monkeypatch):
 def test_the_note_names_the_command_for_missing_runs(tmp_path):
     runs = runs_for_table("t1", "voc", ("inductive",), range(2))
     write(tmp_path, record(runs["run"][0]))
-    command = "`otseg tables commands t1 --dataset voc --settings inductive --seeds 2 --splits 1`"
-    note = missing_note(runs, "t1", tmp_path)
+    command = f"--seeds 2 --splits 1 --records {tmp_path} --max-iters 9`"
+    note = missing_note(runs, "t1", tmp_path, root=None, max_iters=9)
+    assert "`otseg tables commands t1 --dataset voc --settings inductive " in note
     assert note.startswith("1 of 4 runs have a record. Not run: 3;") and command in note
     write(tmp_path, *map(record, runs["run"]))
     assert missing_note(runs, "t1", tmp_path) == "4 of 4 runs have a record."
@@ -177,8 +180,8 @@ def test_mean_deviation_and_what_was_not_run(tmp_path):
         and row["records"] == ";".join(names[:2])
     )
     table = to_wide(long)
-    assert table.loc[("mpsa", "ensemble")].tolist() == ["90.0 ± 0.0", "60.0 ± 0.0", "–", "60.0 ± 14.1", 2]
-    assert table.loc[("softmax", "ensemble")].tolist() == [NOT_RUN] * 4 + [0]
+    assert table.loc[("mpsa", "ensemble")].tolist() == ["90.0 ± 0.0", "60.0 ± 0.0", "–", "60.0 ± 14.1", "–", 2]
+    assert table.loc[("softmax", "ensemble")].tolist() == [NOT_RUN] * 5 + [0]
 
 
 @pytest.mark.parametrize("dataset", ["voc", "context", "coco"])
