@@ -21,11 +21,9 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 # %% ../nbs/10_images.ipynb #a000000e
-from .losses import IGNORE  # label of a pixel without a class, also imported from here
+from . import IGNORE  # label of a pixel without a class, also imported from here
 
 # %% ../nbs/10_images.ipynb #97f6a09e
 def to_8_bits(
@@ -155,7 +153,7 @@ def read_image(
     path: str | Path,
 ) -> Tensor:  # (3, H, W), float in [0, 1]
     "Read an image as a tensor. Raises like `open_image`."
-    return tv.to_dtype(tv.pil_to_tensor(open_image(path)), torch.float32, scale=True)
+    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).contiguous() / 255
 
 # %% ../nbs/10_images.ipynb #c95a5ceb
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # in lower case
@@ -245,7 +243,7 @@ def resize(
     size: tuple[int, int],  # pixels
 ) -> Tensor:  # (3, *size)
     "Resize an image by bilinear interpolation without antialiasing."
-    return tv.resize(image, list(size), InterpolationMode.BILINEAR, antialias=False)
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def resize_part(
@@ -266,4 +264,4 @@ def resize_label(
     size: tuple[int, int],  # pixels
 ) -> Tensor:  # (*size)
     "Resize a label map: each pixel takes the nearest label."
-    return tv.resize(label[None], list(size), InterpolationMode.NEAREST)[0]
+    return F.interpolate(label[None, None].float(), size=size, mode="nearest")[0, 0].to(label.dtype)

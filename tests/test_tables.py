@@ -180,7 +180,7 @@ def test_mean_deviation_and_what_was_not_run(tmp_path):
         and row["records"] == ";".join(names[:2])
     )
     table = to_wide(long)
-    assert table.loc[("mpsa", "ensemble")].tolist() == ["90.0 ± 0.0", "60.0 ± 0.0", "–", "60.0 ± 14.1", "–", 2]
+    assert table.loc[("mpsa", "ensemble")].tolist() == ["90.0 ± 0.0", "60.0 ± 0.0", "–", "60.0 ± 14.1", "50.0 ± 0.0", 2]
     assert table.loc[("softmax", "ensemble")].tolist() == [NOT_RUN] * 5 + [0]
 
 

@@ -186,7 +186,7 @@ def test_metrics_table_is_in_percent():
     table = metrics_table(record(0), record(1), record(2, None))
     assert list(table) == ["pAcc", "S", "U", "hIoU", "mIoU"] and len(table) == 6
     row = table.loc[("digits", 0, "inductive", "otseg", 1, "mps")]
-    assert row.tolist() == pytest.approx([90, 50, 25, 100 / 3])
+    assert row.tolist() == pytest.approx([90, 50, 25, 100 / 3, 10])
     assert table.xs(2, level="seed")[["U", "hIoU"]].isna().all(axis=None)
     assert metrics_table().empty
 
