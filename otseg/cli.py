@@ -29,17 +29,15 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx, args):
         name, command, rest = super().resolve_command(ctx, args)
-        function = inspect.unwrap(command.callback) if command is not None else None
-        if function and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
-            command = recipe_command(function)
-        return name, command, rest
+        function = inspect.unwrap(command.callback)
+        takes_recipe = inspect.getfullargspec(function).varkw
+        return name, recipe_command(function) if takes_recipe else command, rest
 
     def invoke(self, ctx):
         "Run a command. A stop or a closed pipe ends it with its own status."
         try:
-            result = super().invoke(ctx)
+            super().invoke(ctx)
             sys.stdout.flush()
-            return result
         except KeyboardInterrupt as stopped:
             print(stopped if str(stopped) else "stopped", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -155,6 +153,7 @@ def train(
     ] = None,
     root: Root = None,
     description: DescriptionFile = None,
+    clip_config: Annotated[Path | None, typer.Option(help="JSON file of an architecture of your own.")] = None,
     clip_weights: ClipWeights = None,
     per_device: Annotated[
         int | None, typer.Option(help="Images at a time on a device [default: its share of the batch].")
@@ -168,11 +167,12 @@ def train(
     **changes,
 ):
     "Train a recipe and evaluate it. The same command continues a run that was stopped."
-    from otseg.models import load_recipe_benchmark, with_dataset_name
-    from otseg.recipes import resolve, run_name
+    from otseg.models import load_recipe_benchmark, recipe_for_clip, with_dataset_name
+    from otseg.recipes import run_name
     from otseg.training import fit
 
-    recipe = resolve(dataset, setting, **{name: value for name, value in changes.items() if value is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    recipe = recipe_for_clip(dataset, setting, clip_config, **changes)
     recipe = with_dataset_name(recipe, load_recipe_benchmark(recipe, root, clip_weights, description))
     options = dict(root=root, description=description, clip_weights=clip_weights)
     options |= dict(per_device=per_device, workers=workers, images=images, tracker=tracker, resume=resume)

@@ -10,7 +10,6 @@ __all__ = ['DIGITS', 'TEXTURES', 'CLASSES', 'SPLITS', 'SIDE', 'WINDOW', 'ARCH', 
 
 # %% ../nbs/13_digits.ipynb #f68786ae
 import math
-import tempfile
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +20,7 @@ import open_clip
 import torch
 from PIL import Image, ImageFilter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -337,12 +336,7 @@ def digits_clip(
     if not path.is_file():
         raise FileNotFoundError(f"no CLIP weights at {path}: {remedy}")
     try:
-        state = {name: x.float() if x.is_floating_point() else x for name, x in load_file(path).items()}
-        rows, ids = state["token_embedding.weight"], state.pop("token_ids")
-        state["token_embedding.weight"] = rows.new_zeros(49408, rows.shape[1]).index_copy(0, ids, rows)
-        with tempfile.TemporaryDirectory() as folder:
-            save_file(state, full := f"{folder}/{ARCH}.safetensors")
-            return new_clip(full)
+        return new_clip(path)
     except (SafetensorError, KeyError, RuntimeError, IndexError, ValueError) as e:
         raise ValueError(f"{path} does not hold the weights of {ARCH} ({e}): {remedy}") from e
 

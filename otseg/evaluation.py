@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_METRICS', 'RUN_KEYS', 'EVALUATION_FIELDS', 'ErrorsAsItems', 'validate', 'evenly_spaced_subset',
            'validate_dense_clip', 'json_metrics', 'determinism', 'device_name', 'make_record', 'mean_iou',
-           'metrics_table', 'markdown', 'Evaluation', 'best_device', 'check_device', 'default_workers',
+           'metrics_table', 'markdown', 'Evaluation', 'best_device', 'check_device', 'reading_processes',
            'evaluate_checkpoint']
 
 # %% ../nbs/26_evaluation.ipynb #a000001b
@@ -239,8 +239,14 @@ def check_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def default_workers(dataset: str) -> int:
-    "Number of processes that read images: 0 for the embedded benchmark, which is in memory."
+def reading_processes(dataset: str, workers: int | None = None) -> int:
+    """Number of processes that read images. If it is not given: 0 for the embedded benchmark, which is in memory.
+
+    Raises ValueError: if it is negative."""
+    if workers is not None:
+        if workers < 0:
+            raise ValueError(f"workers = {workers} must be at least 0")
+        return workers
     return 0 if dataset == "digits" else min(8, os.cpu_count() or 1)
 
 # %% ../nbs/26_evaluation.ipynb #f500002a
@@ -257,7 +263,7 @@ def evaluate_checkpoint(
     images: int | None = None,  # number of images, evenly spread; None: all
     paths: Iterable = tuple(PATH_WEIGHTS),  # names of paths, or weights of MPSA
     baseline: bool = True,  # evaluate the frozen CLIP as well
-    workers: int | None = None,  # processes that read images; None: `default_workers`
+    workers: int | None = None,  # processes that read images; None: see `reading_processes`
     progress: bool = True,  # show progress bars
     **changes,  # EVALUATION_FIELDS to change
 ) -> Evaluation:
@@ -279,7 +285,7 @@ def evaluate_checkpoint(
     val = bench.images("val")
     data = evenly_spaced_subset(EvalView(val, recipe), images)
     identity = model.identity | {"val": split_digest(val)}
-    options = dict(workers=default_workers(target) if workers is None else workers, progress=progress)
+    options = dict(workers=reading_processes(target, workers), progress=progress)
     metrics = validate(model.to(device), bench, recipe, data, paths=paths, **options)
     if baseline:
         metrics["dense_clip"] = validate_dense_clip(model, bench, recipe, data, **options)

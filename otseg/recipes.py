@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'NonNegative', 'Fraction', 'SETTINGS', 'DATASET_RECIPES', 'RECIPES', 'RENAMED_FIELDS', 'RENAMED_PLANS',
            'FIELDS', 'one_of', 'Recipe', 'setting_recipe', 'default_recipe', 'upgrade_fields', 'unknown_field',
-           'change', 'resolve', 'check_parameters', 'recipe_changes', 'differences', 'run_name']
+           'number_in_text', 'change', 'resolve', 'check_parameters', 'recipe_changes', 'differences', 'run_name']
 
 # %% ../nbs/20_recipes.ipynb #c99de42d
 import hashlib
@@ -247,6 +247,17 @@ def unknown_field(name: str) -> ValueError:
     return ValueError(f"a recipe has no field {name!r}; it has {', '.join(FIELDS)}")
 
 
+def number_in_text(value, default):
+    "The number that a text stands for where a number is expected: YAML reads 1e-3 as text. Else the value itself."
+    if not isinstance(value, str) or type(default) not in (int, float):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if type(default) is int and number.is_integer() else number
+
+
 def change(
     recipe: Recipe,
     **changes,  # fields of Recipe to change
@@ -255,6 +266,7 @@ def change(
     for name in changes:
         if name not in FIELDS:
             raise unknown_field(name)
+    changes = {name: number_in_text(value, getattr(recipe, name)) for name, value in changes.items()}
     try:
         return replace(recipe, **changes)
     except ValidationError as e:

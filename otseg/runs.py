@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoints import newest_state, read_log, write_state
 from .data import EndlessBatches, EvalView, TrainCrops
-from .evaluation import default_workers, evenly_spaced_subset
+from .evaluation import evenly_spaced_subset, reading_processes
 from .identity import check_identity, split_digest
 from otseg.models import (
     build_model,
@@ -46,7 +46,7 @@ class RunOptions:
     description: str | Path | None = None  # of a folder: JSON file, or a shipped name; None: its dataset.json
     clip_weights: str | Path | None = None  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None  # images that a device processes at a time; None: its share of the batch
-    workers: int | None = None  # processes that read images; None: `default_workers`
+    workers: int | None = None  # processes that read images; None: `reading_processes`
     images: int | None = None  # validation images of every evaluation, evenly spread; None: all at the end
     tracker: str = "none"  # none, tensorboard, wandb or trackio
     resume: bool = True  # continue from the states in `out`; False: start anew
@@ -97,7 +97,7 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
         check_same_model(header["recipe"], recipe, init)
         check_identity(header.get("identity", {}), model.identity, "start", init)
     trainer = make_trainer(model, recipe, bench, accelerator, options.per_device)
-    workers = default_workers(recipe.dataset) if options.workers is None else options.workers
+    workers = reading_processes(recipe.dataset, options.workers)
     views = dict(crops=TrainCrops(train, recipe, table), val=EvalView(val, recipe))
     return Run(**vars(trainer), **views, options=options, workers=workers)
 
@@ -182,7 +182,8 @@ def check_same_run(run: Run, header: dict):
     different += [name for name in ("classes", "unseen") if list(header[name]) != list(getattr(run.bench, name))]
     if different:
         raise ValueError(
-            f"{run.out} holds a run with another {different[0]}: give another folder, or resume = False to overwrite it"
+            f"{run.out} holds a run with another {different[0]}: "
+            "give another folder, or overwrite it with resume = False (--anew)"
         )
     check_identity(header.get("identity", {}), run.model.identity, "resume", run.out / "states")
 

@@ -201,7 +201,7 @@ def fit(
     description: str | Path | None = None,  # of a folder: JSON file, or a shipped name; None: its dataset.json
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     per_device: int | None = None,  # images that a device processes at a time; None: its share of the batch
-    workers: int | None = None,  # processes that read images; None: `default_workers`
+    workers: int | None = None,  # processes that read images; None: `reading_processes`
     images: int | None = None,  # validation images of every evaluation, evenly spread; None: all at the end
     tracker: str = "none",  # none, tensorboard, wandb or trackio
     resume: bool = True,  # continue from the states in `out`; False: start anew
