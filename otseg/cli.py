@@ -402,11 +402,11 @@ def tables(
 ):
     "List the runs that a results table lacks."
     from otseg.recipes import run_name
-    from otseg.tables import check_counts, commands, dataset_name, missing, runs_for_table
+    from otseg.tables import check_counts, commands, described_name, missing, runs_for_table
 
     check_counts(seeds=seeds, splits=splits)
     given = [name.strip() for name in settings.split(",")]
-    changes |= dataset_name(dataset, root, description)
+    changes |= described_name(dataset, root, description)
     runs = runs_for_table(table, dataset, given, range(seeds), range(splits), **changes)
     if what is Listing.missing:
         lines = [run_name(recipe) for recipe in missing(runs, records)]

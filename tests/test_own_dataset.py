@@ -1,4 +1,4 @@
-"""One's own dataset and one's own CLIP, from the shell: every setting, across datasets, and the tables; two datasets."""
+"""One's own dataset and one's own CLIP, from the shell: every setting, across datasets, and the tables; twice."""
 
 import json
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 import zlib
-from hashlib import sha256
 
 import numpy as np
 import open_clip
@@ -19,8 +18,9 @@ from safetensors import safe_open
 import otseg
 from otseg import predict
 from otseg.descriptions import word_groups
-from otseg.digits import ASSETS, CLASSES, Digits
+from otseg.digits import CLASSES, Digits, digits_clip
 from otseg.explain import explain, panel
+from otseg.identity import clip_identity
 from otseg.images import normalize, open_image
 from otseg.inference import predict_probs
 from otseg.models import DEFAULT_CHECKPOINT
@@ -284,10 +284,12 @@ def test_shipped_model_knows_its_benchmark(seg):
     right = [(seg(item["image"]).labels == item["label"].numpy()).mean() for item in SCENES]
     assert np.mean(right) > 0.8
     header = json.loads(safe_open(DEFAULT_CHECKPOINT, "pt").metadata()["otseg"])
-    assert header["small_clip"] == sha256((ASSETS / "digits_clip.safetensors").read_bytes()).hexdigest(), (
+    ours = clip_identity(digits_clip())
+    assert {name: header["identity"][name] for name in ours} == ours, (
         "the shipped model was trained with another small CLIP: train, then run "
         "`otseg export CHECKPOINT --half otseg/assets/digits_otseg.safetensors`"
     )
+    assert header["recipe"]["crop_labels"] == "training"
 
 
 def test_calibration_lowers_seen_classes_by_name(seg):
