@@ -17,12 +17,13 @@ from PIL import Image
 
 import otseg.digits
 from otseg.checkpoints import read_tensors, write_tensors
+from otseg.evaluation import TABLE_METRICS
 from otseg.explain import window_maps
 from otseg.metrics import METRICS
 from otseg.models import DEFAULT_CHECKPOINT
 from otseg.predict import load
 from otseg.recipes import resolve, run_name
-from otseg.tables import NOT_RUN, ROWS, read_record
+from otseg.tables import NOT_RUN, ROWS, path_scores, read_record
 from otseg.viz import PromptRow, prompt_rows
 
 RESULTS = ROOT / "results"
@@ -58,7 +59,7 @@ def run_table(name, out, /, **parameters):
 
 WRONG = [
     ("t1_zero_shot", {"seed_count": 3}, "unknown parameter seed_count"),
-    ("t1_zero_shot", {"dataset": "ade"}, "dataset: ade is not one of digits, voc"),
+    ("t1_zero_shot", {"dataset": "mars"}, "dataset: mars is not one of digits, voc"),
     ("t1_zero_shot", {"settings": "inductive,zero"}, "settings: zero is not one of inductive"),
     ("t1_zero_shot", {"seeds": 0}, "seeds = 0"),
     ("t1_zero_shot", {"splits": 4}, "splits = 4"),
@@ -113,8 +114,8 @@ def test_committed_records_give_the_committed_tables(name, tmp_path):
 def test_what_was_not_run_says_so(name, tmp_path):
     records = tmp_path / "records"
     table = run_table(name, tmp_path, dataset="voc", records=records, runs=tmp_path / "runs")
-    text, rows = (tmp_path / f"tables/{name}_voc.md").read_text(), len(table.csv(f"{name}_voc")) // 4
-    assert text.count(f"| {' | '.join([NOT_RUN] * 4)} | 0 |") == rows and not records.exists()
+    text, rows = (tmp_path / f"tables/{name}_voc.md").read_text(), len(table.csv(f"{name}_voc")) // len(TABLE_METRICS)
+    assert text.count(f"| {' | '.join([NOT_RUN] * len(TABLE_METRICS))} | 0 |") == rows and not records.exists()
     assert f"`otseg tables commands {name[:2]} --dataset voc --settings" in table.text
 
 
@@ -158,7 +159,8 @@ def test_the_committed_mixture_at_its_ends_is_a_path():
         run = read_record(f"digits0-inductive-mpsa-seed{seed}", RESULTS / "runs")["metrics"]
         mixed = read_record(f"digits0-inductive-mpsa-seed{seed}@lambda", RESULTS / "runs")["metrics"]
         ends = [run[path]["hiou"] for path in ("mps", "ensemble", "mpsa")]
-        assert [mixed[weight]["hiou"] for weight in ("0.0", "0.5", "1.0")] == ends
+        # the mixture was evaluated on another machine than the run, with the same weights
+        assert np.allclose([mixed[weight]["hiou"] for weight in ("0.0", "0.5", "1.0")], ends, rtol=0, atol=1e-4)
 
 
 # tiny runs
@@ -189,9 +191,8 @@ def test_zero_shot_trains_what_is_missing(tiny):
     assert all(record["recipe"]["max_iters"] == TINY["max_iters"] for record in records.values())
     assert {path.parent.name for path in tiny.folders["runs"].rglob("last.safetensors")} == {*records}
     numbers = tiny.table.csv("t1_zero_shot_digits")
-    assert len(numbers) == (2 * 3 + 1) * len(METRICS) and {*numbers["runs"]} == {1}
-    keys = {title: key for key, title in METRICS.items()}
-    ours = [100 * records[row.records]["metrics"][row.path][keys[row.metric]] for row in numbers.itertuples()]
+    assert len(numbers) == (2 * 3 + 1) * len(TABLE_METRICS) and {*numbers["runs"]} == {1}
+    ours = [path_scores(records[row.records], row.path)[row.metric] for row in numbers.itertuples()]
     assert np.allclose(numbers["mean"], ours, atol=1e-3)
     assert NOT_RUN in tiny.table.text  # a single seed has no pairs
 
@@ -228,7 +229,9 @@ def test_factors_of_inference_are_evaluated_from_the_checkpoint(tiny, tmp_path):
     for path, weight in {"mps": "0.0", "ensemble": "0.5", "mpsa": "1.0"}.items():
         assert mixed["metrics"][weight] == run["metrics"][path]
     numbers = table.csv("t4_prompts_and_transport_digits")
-    assert len(numbers) == 5 * 4 and (numbers["value"].astype(str) == numbers["path"].astype(str)).all()
+    assert (
+        len(numbers) == 5 * len(TABLE_METRICS) and (numbers["value"].astype(str) == numbers["path"].astype(str)).all()
+    )
     assert (tmp_path / "figures/t4_prompts_and_transport_digits.png").is_file()
 
 
@@ -287,7 +290,7 @@ def pretend(folder, recipe):
     state, about = read_tensors(DEFAULT_CHECKPOINT)
     file = folder / run_name(recipe) / "last.safetensors"
     file.parent.mkdir(parents=True)
-    write_tensors(file, state, about | {"recipe": asdict(recipe), "templates": recipe.text_prompts})
+    write_tensors(file, state, about | {"recipe": asdict(recipe), "templates": recipe.text_prompts, "identity": {}})
 
 
 def test_prompts_with_and_without_mpsa(tiny, tmp_path):
