@@ -129,7 +129,13 @@ def new_accelerator(precision: str) -> Accelerator:
     check_precision(precision)
     AcceleratorState._reset_state(reset_partial_state=True)  # there is no public function
     accelerator = Accelerator(mixed_precision=precision)
-    started = int(os.environ.get("WORLD_SIZE") or 1)
+    env = os.environ
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= env.keys() and "WORLD_SIZE" not in env:
+        raise ValueError(
+            "accelerate launch --cpu starts one process, whatever num_processes says: for N processes on a CPU, "
+            "use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m otseg.cli train ..."
+        )
+    started = int(env.get("WORLD_SIZE") or 1)
     if accelerator.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but accelerate sees {accelerator.num_processes} and each would train "

@@ -1,6 +1,7 @@
 """Loading CLIP: file formats, untrusted files, architectures."""
 
 import pickle
+import time
 import warnings
 import zipfile
 
@@ -165,6 +166,27 @@ def test_unsupported_architectures(arch, why):
         pytest.skip("this open_clip has no such architecture")
     with pytest.raises(ValueError, match=why):
         load_clip(arch, "any")
+
+
+def test_weights_that_do_not_record_their_activation(folder):
+    "They would load either way; the warning names what is assumed, and the architecture to choose instead."
+    with pytest.warns(
+        UserWarning, match="QuickGELU is assumed, as in test-quickgelu; if .* GELU, choose clip = 'test'"
+    ):
+        load_clip("test-quickgelu", folder / "clip.safetensors")
+    with pytest.warns(
+        UserWarning, match="GELU is assumed, as in test; if .* QuickGELU, choose clip = 'test-quickgelu'"
+    ):
+        load_clip("test", folder / "clip.safetensors")
+
+
+def test_an_unreachable_server_is_found_in_seconds(monkeypatch, tmp_path):
+    started = time.monotonic()
+    monkeypatch.setattr("otseg.clip.getproxies", dict)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="give the path of that file as clip_weights"):
+        load_clip(cache_dir=str(tmp_path))
+    assert time.monotonic() - started < 20
 
 
 def test_missing_file_and_hub(monkeypatch, tmp_path):

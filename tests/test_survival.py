@@ -470,6 +470,22 @@ def test_processes_that_do_not_see_each_other(data, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_accelerate_launch_on_a_cpu_does_not_train_alone(data, tmp_path):
+    "accelerate launch --cpu --num_processes 2 runs one process, which looks like two."
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "otseg.cli"]
+    words = [
+        "train",
+        "--dataset=folder",
+        f"--root={data}",
+        f"--out={tmp_path}/run",
+        "--workers=0",
+        "--clip=digits_clip",
+    ]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode != 0 and "torchrun --nproc_per_node N" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_dataset_in_the_same_folder(data, undisturbed, tmp_path):
     "A finished run is not evaluated on another dataset as if it were its own."
     other = tmp_path / "other"
