@@ -200,7 +200,7 @@ def test_a_finished_run_is_not_trained_again(data, undisturbed, monkeypatch):
 
 def test_without_resume_a_run_starts_anew(data, undisturbed, tmp_path):
     run(data, tmp_path, max_iters=3)
-    with pytest.raises(ValueError, match="holds a run with another max_iters: give another folder, or overwrite it with resume"):
+    with pytest.raises(ValueError, match="holds a run with another max_iters: give another folder, or overwrite it"):
         run(data, tmp_path)
     run(data, tmp_path, resume=False)
     assert_same_results(tmp_path, undisturbed)
