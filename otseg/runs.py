@@ -31,7 +31,7 @@ from otseg.models import (
     with_dataset_name,
 )
 from .recipes import Recipe, resolve, upgrade_fields
-from .steps import Trainer, make_trainer, new_accelerator, training_classes_and_labels, training_step
+from .steps import Trainer, make_trainer, new_accelerator, training_classes_and_labels
 from .tracking import check_tracker
 
 # %% ../nbs/28_runs.ipynb #7627ab51
