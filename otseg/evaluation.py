@@ -15,7 +15,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from .metrics import METRICS, confusion, zs3_metrics
 from .model import DenseCLIP, OTSeg
 from .models import load_model, read_checkpoint
 from .ot import defer_convergence_checks
-from .recipes import Recipe, change, resolve, run_name
+from .recipes import Recipe, change, recipe_dict, resolve, run_name
 
 # %% ../nbs/26_evaluation.ipynb #142c0623
 def start_reading_process(worker: int):
@@ -161,7 +161,7 @@ def make_record(
         "setting": recipe.setting,
         "method": recipe.attention,
         "seed": recipe.seed,
-        "recipe": asdict(recipe),
+        "recipe": recipe_dict(recipe),
         **provenance(),
         "device": device_name(device),
         "deterministic": determinism(device),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import IGNORE
-from .ot import CHUNK_NUMBERS, exact_float32_products
+from .newton import CHUNK_NUMBERS, exact_float32_products
 from .upsampling import RowBand, axis_bands, axis_matrix
 
 # %% ../nbs/08_losses.ipynb #e6c289dd

@@ -14,7 +14,7 @@ __all__ = ['MODEL_FIELDS', 'SIZES', 'ASSETS', 'DEFAULT_CHECKPOINT', 'load_class_
 import json
 import os
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from itertools import zip_longest
@@ -31,7 +31,8 @@ from .data import Benchmark
 from .identity import check_identity, clip_identity, words_digest
 from .model import OTSeg
 from .official import read_official
-from .recipes import Recipe, change, differences, resolve, run_name, upgrade_fields
+from .ot import sinkhorn
+from .recipes import Recipe, change, differences, recipe_dict, resolve, run_name, upgrade_fields
 from .text import TEMPLATES, cached_class_embeddings, check_known, class_embeddings, mean_of_words
 
 # %% ../nbs/25_models.ipynb #bac544c9
@@ -66,7 +67,7 @@ def build_model(
         depth=recipe.depth,
         attention=recipe.attention,
         eps=recipe.eps,
-        plan=recipe.plan,
+        plan=partial(sinkhorn, rho_pixels=recipe.rho_pixels, rho_prompts=recipe.rho_prompts),
         dropout=recipe.dropout,
         init_from_clip=recipe.init_from_clip,
     )
@@ -79,7 +80,7 @@ def build_model(
 def checkpoint_header(model: OTSeg, recipe: Recipe, bench: Benchmark, iteration: int) -> dict:
     "Header of a checkpoint after `iteration` steps."
     return {
-        "recipe": asdict(recipe),
+        "recipe": recipe_dict(recipe),
         "classes": bench.classes,
         "unseen": bench.unseen,
         "words": bench.words,
@@ -173,7 +174,8 @@ MODEL_FIELDS = (
     "attention",
     "depth",
     "eps",
-    "plan",
+    "rho_pixels",
+    "rho_prompts",
     "visual_prompts",
     "num_templates",
     "template_repeats",

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ot import exact_float32_products, sinkhorn
+from .newton import exact_float32_products
+from .ot import sinkhorn
 
 # %% ../nbs/01_mps.ipynb #97ae892e
 @torch.library.custom_op("otseg::exact_product", mutates_args=())
@@ -77,7 +78,7 @@ def score_map(
     x: Tensor,  # patch embeddings (b, m, d)
     q: Tensor,  # class queries (b, k, n, d)
     eps: float = 0.05,  # entropic regularisation, in units of the cosine
-    plan: Callable = sinkhorn,  # function (cost, eps=) -> plan, for example a value of `otseg.ot.PLANS`
+    plan: Callable = sinkhorn,  # function (cost, eps=) -> plan, for example with a `rho_pixels`
 ) -> Tensor:  # score of each class at each pixel (b, k, m)
     "Multi-Prompts Sinkhorn score (Section 3.2 of the paper): pixels are transported to the prompts of each class."
     S = cosine(x, q)

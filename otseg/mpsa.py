@@ -34,7 +34,7 @@ class PlanScore(nn.Module):
         d: int,  # embedding size
         eps: float = 0.05,  # entropic regularisation
         *,
-        plan: Callable = sinkhorn,  # (cost, eps=) -> plan, for example a value of `otseg.ot.PLANS`
+        plan: Callable = sinkhorn,  # (cost, eps=) -> plan, for example with a `rho_pixels`
     ):
         super().__init__()
         self.q, self.k = nn.Linear(d, d), nn.Linear(d, d)

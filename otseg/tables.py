@@ -13,7 +13,7 @@ import json
 import shlex
 from collections.abc import Iterable
 from itertools import product
-from math import nan
+from math import inf, nan
 from pathlib import Path
 
 import pandas as pd
@@ -32,7 +32,8 @@ T4_FACTORS = {  # recipe field -> its values; each is varied alone
     "num_templates": (1, 2, 4, 6, 8),
     "eps": (0.005, 0.02, 0.05, 0.2, 1.0),
     "depth": (1, 2, 3, 4),
-    "plan": ("sinkhorn", "softmax_prompts", "softmax_pixels"),
+    "rho_pixels": (0.0, 0.02, 0.1, 0.5, inf),
+    "rho_prompts": (0.0, 0.02, 0.1, 0.5, inf),
 }
 ROWS = {  # table -> its rows: labels, and the recipe fields that the row changes
     "t1": [({"decoder": "softmax"}, {"attention": "softmax"}), ({"decoder": "mpsa"}, {})],

@@ -30,14 +30,8 @@ from .inference import predict_paths, predict_probs
 from .losses import mask_loss, naive_mask_loss, training_loss
 from .model import OTSeg
 from .models import build_model
-from otseg.ot import (
-    defer_convergence_checks,
-    plan_gradient,
-    report_convergence,
-    sinkhorn,
-    sinkhorn_loop,
-    solve_plan,
-)
+from .newton import plan_gradient, sinkhorn_loop, solve_plan
+from .ot import defer_convergence_checks, report_convergence, sinkhorn
 from .recipes import resolve
 
 # %% ../nbs/45_tasks.ipynb #6ba08dab
@@ -104,29 +98,27 @@ def autocast(device: str, dtype: str):
 
 # %% ../nbs/45_tasks.ipynb #07b00004
 class TensorCodePlan(torch.autograd.Function):
-    "Plans (p, n, m) by the tensor code of `otseg.ot` on any device, and flags (p,) of those that converged."
+    "Plans (p, n, m) by the tensor code of `otseg.newton` on any device."
 
     @staticmethod
-    def forward(ctx, C, mu, nu, eps, max_iter, tol):
-        T, done = solve_plan(C, mu, nu, eps, max_iter, tol)
+    def forward(ctx, C, mu, nu, eps):
+        T, errors = solve_plan(C, mu, nu, eps)
+        report_convergence(errors, eps, 100)
         ctx.save_for_backward(T)
-        ctx.mark_non_differentiable(done)
         ctx.eps = eps
-        return T, done
+        return T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        return *plan_gradient(*ctx.saved_tensors, grad, ctx.eps), None, None, None
+    def backward(ctx, grad):
+        return *plan_gradient(*ctx.saved_tensors, grad, ctx.eps), None
 
 
 def tensor_code_plan(C: Tensor, eps: float = 0.05) -> Tensor:
     "`sinkhorn` with uniform marginals for costs (p, m, n), without the GPU kernels."
     p, m, n = C.shape
     mu, nu = C.new_full((p, m), 1 / m), C.new_full((p, n), 1 / n)
-    T, done = TensorCodePlan.apply(C.mT, mu, nu, eps, 100, 1e-6)
-    report_convergence(T.detach(), nu, done, eps, 100)
-    return T.mT
+    return TensorCodePlan.apply(C.mT, mu, nu, eps).mT
 
 # %% ../nbs/45_tasks.ipynb #07b00006
 def pot_plan(C: Tensor) -> Tensor:

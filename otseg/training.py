@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import signal
-from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from .inference import predict_paths
 from .model import Masks
 from .models import save_checkpoint
 from .ot import ConvergenceReport, defer_convergence_checks
-from .recipes import Recipe, change, run_name
+from .recipes import Recipe, change, recipe_dict, run_name
 from .runs import Progress, Run, RunOptions, make_loader, restore_state, save_state, set_random_states, setup_run
 from .steps import lr_at, training_step
 from .tracking import Tracker, scene_picture
@@ -221,7 +220,7 @@ def fit(
     run.accelerator.wait_for_everyone()
     state, log = restore_state(run), None
     if run.is_main:
-        sink = Tracker(tracker, run.out.name, run.out / tracker, asdict(run.recipe))
+        sink = Tracker(tracker, run.out.name, run.out / tracker, recipe_dict(run.recipe))
         log = Log(run.out / "log.jsonl", last_iteration=state.t, tracker=sink)
     try:
         if state.t < recipe.max_iters:

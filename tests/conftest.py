@@ -22,6 +22,15 @@ def seeded():
     torch.manual_seed(0)  # PyTorch begins with another seed in each process
 
 
+@pytest.fixture
+def open_operators(monkeypatch):
+    "The operators of the transport become plain functions: a dispatch mode sees what they do."
+    from otseg import ot
+
+    monkeypatch.setattr(ot, "transport_plan", ot.compute_plan)
+    monkeypatch.setattr(ot, "transport_gradient", ot.compute_gradient)
+
+
 @pytest.fixture(scope="session")
 def forest(tmp_path_factory):
     "A miniature of every layout, which no test changes; the folder of one's own is `mine`."

@@ -190,7 +190,7 @@ PLANS_PER_FORWARD = {"mpsa": 4, "uniform": 1, "softmax": 1}  # of the small mode
 
 
 @variants
-def test_a_step_does_not_synchronise(monkeypatch, setting, attention, per_device):
+def test_a_step_does_not_synchronise(monkeypatch, open_operators, setting, attention, per_device):
     "On the meta device, with the rules by which a GPU decides for the kernels. All convergence checks are deferred."
     pytest.importorskip("triton")
     monkeypatch.setattr(ot, "kernel_fits", kernel.fits)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from problems import cost, gradient, load_golden, marginal, rand, two_groups
 from torch.autograd import gradcheck
 
-from otseg.ot import CHUNK_NUMBERS, defer_convergence_checks, for_each_chunk, sinkhorn, sinkhorn_loop
+from otseg.newton import CHUNK_NUMBERS, for_each_chunk, sinkhorn_loop
+from otseg.ot import defer_convergence_checks, sinkhorn
 
 cases = pytest.mark.parametrize("case", "abcd")
 pytestmark = pytest.mark.filterwarnings("error")  # a warning means that a plan did not converge
@@ -243,7 +244,7 @@ def test_chunks(monkeypatch):
     "A CPU solves a large batch in chunks: plans, gradient and warning are those of the whole batch."
     C, sizes = cost("random", 7, 400, 6), []
     whole, grad = sinkhorn(C), gradient(C, 0.05)
-    monkeypatch.setattr("otseg.ot.CHUNK_NUMBERS", 3 * C[0].numel())
+    monkeypatch.setattr("otseg.newton.CHUNK_NUMBERS", 3 * C[0].numel())
     for_each_chunk(lambda part: sizes.append(len(part)), C)
     assert sizes == [3, 3, 1]
     close(sinkhorn(C), whole, 1e-5)
@@ -325,13 +326,6 @@ def test_the_graph_stores_the_plan_and_no_iteration():
         return sum(sizes)
 
     assert saved_numbers(1e-3) == saved_numbers(10) <= 1.5 * 2 * 200 * 6
-
-
-def test_no_second_derivative():
-    C = cost("random", 8, 3).requires_grad_()
-    (grad,) = torch.autograd.grad(sinkhorn(C).square().sum(), C, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 # warnings and errors

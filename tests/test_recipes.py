@@ -1,5 +1,6 @@
 """Recipes: defaults for every dataset and setting, validation, names of runs, parameters of notebooks."""
 
+import math
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
@@ -87,7 +88,8 @@ def test_unknown_names_and_wrong_types(args, changes, message):
     "changes",
     [
         {"attention": "flash"},
-        {"plan": "both"},
+        {"rho_pixels": -0.1},
+        {"rho_prompts": math.nan},
         {"normalization": "none"},
         {"precision": "fp8"},
         {"num_templates": 0},
@@ -122,7 +124,8 @@ def test_values_outside_their_limits(changes):
 
 
 def test_former_names_lead_to_present_ones():
-    assert set(RENAMED_FIELDS.values()) <= {field.name for field in fields(Recipe)}
+    names = {field.name for field in fields(Recipe)}
+    assert {name for new in RENAMED_FIELDS.values() for name in new.split(" or ")} <= names
     for old, new in RENAMED_FIELDS.items():
         assert old not in {field.name for field in fields(Recipe)}
         with pytest.raises(ValueError, match=f"'{old}' is now called '{new}'"):
@@ -130,10 +133,11 @@ def test_former_names_lead_to_present_ones():
 
 
 def test_upgrade_of_a_former_recipe():
-    present = asdict(resolve("digits", "inductive", plan="softmax_prompts", batch_size=4))
+    present = asdict(resolve("digits", "inductive", rho_prompts=0, batch_size=4))
     former = {new: old for old, new in RENAMED_FIELDS.items()}
-    old = {former.get(name, name): value for name, value in present.items()} | {"marginals": "pixels"}
-    assert upgrade_fields(old) == present == upgrade_fields(present)
+    old = {former.get(name, name): value for name, value in present.items() if not name.startswith("rho")}
+    for plan in ({"marginals": "pixels"}, {"plan": "softmax_prompts"}):
+        assert upgrade_fields(old | plan) | {"rho_pixels": math.inf} == present == upgrade_fields(present)
 
 
 # names of runs
@@ -152,11 +156,12 @@ OTHER_VALUE = {
     "dataset_name": "kitchen",
     "clip": "ViT-B-16",
     "attention": "softmax",
-    "plan": "softmax_pixels",
+    "rho_pixels": 0.5,
+    "rho_prompts": 0.5,
     "precision": "bf16",
     "normalization": "clip",
     "crop_labels": "all",
-}  # of the fields that are text
+}  # of the fields that are text or infinite
 
 
 def test_different_recipes_have_different_names():

@@ -10,7 +10,8 @@ from helpers import close, run_cells
 
 from otseg.bench import check_options, compare_methods, measure, tensor_peak
 from otseg.losses import mask_loss, naive_mask_loss, training_loss
-from otseg.ot import sinkhorn, sinkhorn_loop
+from otseg.newton import sinkhorn_loop
+from otseg.ot import sinkhorn
 from otseg.tasks import (
     PLAIN_PARTS,
     SIZES,
