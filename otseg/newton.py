@@ -7,7 +7,7 @@ __all__ = ['RIDGE', 'NO_MASS', 'SINKHORN_FALLBACK_RATIO', 'MAX_EXPONENT', 'EPS_F
            'CHUNK_NUMBERS', 'sinkhorn_loop', 'dual_hessian', 'dual_step', 'keep_fraction', 'balance_mass',
            'for_each_chunk', 'shifted_logits', 'row_softmax', 'row_logsumexp', 'divide_rows', 'gram_matrix',
            'plan_from_scaling', 'count_eps_levels', 'exact_float32_products', 'pixel_mass', 'solve_plan', 'reciprocal',
-           'gradient_sums', 'plan_gradient', 'solve_optimality', 'differentiable_gradient', 'plan_tangent']
+           'gradient_sums', 'plan_gradient', 'solve_optimality', 'differentiable_gradient', 'plan_of_arguments']
 
 # %% ../nbs/00_newton.ipynb #7d504b71
 import math
@@ -79,6 +79,8 @@ def dual_step(
     right_side = c * near.expm1()
     if keep_prompts < 1:
         slope = torch.where(near.abs() > 1e-9, near.expm1() / near, 1)  # of the secant of exp between 0 and the error
+        empty_step = sinkhorn_step / (1 - keep_prompts)  # exact while the prompt stays empty
+        sinkhorn_step = torch.where(c > NO_MASS, sinkhorn_step, empty_step.clamp_max(-math.log(NO_MASS)))
         right_side = torch.where(c > NO_MASS, c * slope, 1) * sinkhorn_step
     H = dual_hessian(Q, keep_pixels * keep_prompts, keep_prompts + (1 - keep_prompts) * slope)
     if keep_pixels * keep_prompts < 1:  # masses of any size: every row of the system gets the size 1
@@ -228,9 +230,10 @@ def solve_plan(
     "Plans by damped Newton steps on the dual variables of the prompt axis."
     A, axes = torch.empty_like(C, memory_format=torch.contiguous_format), (1,) if rho_pixels == math.inf else (1, 2)
     for_each_chunk(partial(shifted_logits, axes=axes), C, A)
-    eps_levels = count_eps_levels(A, eps, keep_fraction(rho_pixels, eps)) if rho_prompts > 0 else 0
+    eps_levels = count_eps_levels(A, eps, keep_fraction(rho_pixels, eps))
     if eps_levels:
         A, mu = A.double(), mu.double()
+        eps_levels = eps_levels if rho_prompts else 0  # without a prompt marginal, there is nothing to solve
     P = torch.empty_like(A) if eps_levels else A  # with one level, A is read once: P overwrites it
     mass, log_nu, Q = mu, nu.double().log(), P.new_empty(*nu.shape, nu.shape[-1])
     marginal_tol = max(MARGINAL_TOL_RATIO * tol, 4 * torch.finfo(A.dtype).eps)
@@ -346,21 +349,31 @@ def differentiable_gradient(
     grad_nu = (W.sum(2) - (T @ u[..., None])[..., 0]) * reciprocal(nu)
     return tuple(g.to(dtype) for g, dtype in zip((grad_C, grad_mu, grad_nu), dtypes))
 
-
-def plan_tangent(
-    T: Tensor,  # plans (p, n, m)
+# %% ../nbs/00_newton.ipynb #9ed82787
+def plan_of_arguments(
+    T: Tensor,  # plans (p, n, m), constants
+    C: Tensor,  # their costs (p, n, m)
     mu: Tensor,  # pixel marginals (p, m)
     nu: Tensor,  # prompt marginals (p, n)
-    d_C: Tensor,  # direction of the costs (p, n, m)
-    d_mu: Tensor,  # and of the marginals (p, m)
-    d_nu: Tensor,  # (p, n)
     eps: float,
     keep_pixels: float,
     keep_prompts: float,
+    order: int = 3,  # derivatives are exact up to this order
 ) -> Tensor:  # (p, n, m)
-    "Directional derivative of the plans, differentiable as well."
-    dtype, (T, mu, nu, d_C, d_mu, d_nu) = T.dtype, (t.double() for t in (T, mu, nu, d_C, d_mu, d_nu))
-    d_log_mu, d_log_nu, d_A = d_mu * reciprocal(mu), d_nu * reciprocal(nu), d_C / eps
-    rows, columns = (T * (d_A - d_log_nu[..., None])).sum(1), (T * (d_A - d_log_mu[:, None])).sum(2)
-    u, v = solve_optimality(T, rows, columns, keep_pixels, keep_prompts)
-    return (T * (u[:, None] + v[..., None] + d_log_mu[:, None] + d_log_nu[..., None] - d_A)).to(dtype)
+    "The same plans as plain operations on costs and marginals, with their derivatives, forward and reverse."
+    dtype, (T, C, mu, nu) = C.dtype, (t.double() for t in (T, C, mu, nu))
+    log_mu, log_nu = (torch.where(mass > 0, mass, 1).log() for mass in (mu, nu))
+    d_A, d_log_mu, d_log_nu = (C.detach() - C) / eps, log_mu - log_mu.detach(), log_nu - log_nu.detach()  # all 0
+    r, wanted = T.sum(1), T.sum(2)
+    P, empty, change = T * reciprocal(r)[:, None], wanted <= 0, torch.zeros_like(nu)
+    H = dual_hessian(T @ P.mT, keep_pixels * keep_prompts)
+    for step in range(order + 1):
+        E = P * (d_A + (d_log_nu + change)[..., None]).exp()
+        s = torch.where(r > 0, E.sum(1), 1)
+        T = E * (r * d_log_mu.exp() * s**-keep_pixels)[:, None]
+        if step == order:
+            return T.to(dtype)
+        c = torch.where(empty, 1, T.sum(2))
+        error = torch.where(empty, 0, wanted.clamp_min(NO_MASS).log() + d_log_nu - c.log())
+        right_side = wanted * (keep_prompts * error - (1 - keep_prompts) * change)
+        change = change + torch.linalg.solve_ex(H, right_side)[0]

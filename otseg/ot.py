@@ -6,7 +6,7 @@
 __all__ = ['NO_FLOAT64', 'KERNEL_CONSTANTS', 'CONVERGENCE_REPORT', 'transport_plan', 'transport_gradient', 'on_cpu',
            'kernel_fits', 'choose_solver', 'caller_level', 'ConvergenceReport', 'defer_convergence_checks',
            'report_convergence', 'uniform', 'check_masses', 'compute_plan', 'compute_gradient', 'fold_batch',
-           'PlanGradient', 'EntropicPlan', 'ForwardModePlan', 'expand_marginal', 'divide_by_eps', 'sinkhorn']
+           'PlanGradient', 'EntropicPlan', 'forward_mode_plan', 'expand_marginal', 'divide_by_eps', 'sinkhorn']
 
 # %% ../nbs/00_ot.ipynb #56f37083
 import inspect
@@ -19,6 +19,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from otseg.newton import (
     EPS_FACTOR,
@@ -30,7 +31,7 @@ from otseg.newton import (
     differentiable_gradient,
     keep_fraction,
     plan_gradient,
-    plan_tangent,
+    plan_of_arguments,
     solve_plan,
 )
 
@@ -238,35 +239,21 @@ class PlanGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:4])
-        ctx.save_for_forward(*inputs[:4])
         ctx.settings = inputs[4:]
 
     @staticmethod
-    def arguments(ctx) -> tuple[Callable, list[Tensor]]:
-        "A differentiable function that computes the same from the tensors that are given, and these tensors."
+    def backward(ctx, *grads):
         T, grad, mu, nu = ctx.saved_tensors
         given = [T, grad] + [t for t in (mu, nu) if t is not None]
 
-        def function(T, grad, *masses):
+        def gradient(T, grad, *masses):
             masses = list(masses)
             full_mu = uniform(T[:, 0]) if mu is None else masses.pop(0)
             full_nu = uniform(T[..., 0]) if nu is None else masses.pop(0)
             return differentiable_gradient(T, grad, full_mu, full_nu, *ctx.settings)
 
-        return function, given
-
-    @staticmethod
-    def backward(ctx, *grads):
-        function, given = PlanGradient.arguments(ctx)
-        found = iter(torch.func.vjp(function, *given)[1](grads))
-        return *(None if t is None else next(found) for t in ctx.saved_tensors), None, None, None
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        function, given = PlanGradient.arguments(ctx)
-        pairs = zip(ctx.saved_tensors, tangents)
-        tangents = [torch.zeros_like(t) if d is None else d for t, d in pairs if t is not None]
-        return torch.func.jvp(function, tuple(given), tuple(tangents))[1]
+        found = iter(torch.func.vjp(gradient, *given)[1](grads))
+        return *(None if t is None else next(found) for t in (T, grad, mu, nu)), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, T, grad, mu, nu, *settings):
@@ -288,7 +275,6 @@ class EntropicPlan(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, mu, nu, eps, rho_pixels, rho_prompts, _, _ = inputs
         ctx.save_for_backward(output, mu, nu)
-        ctx.save_for_forward(output, mu, nu)
         ctx.settings = eps, keep_fraction(rho_pixels, eps), keep_fraction(rho_prompts, eps)
 
     @staticmethod
@@ -303,15 +289,12 @@ class EntropicPlan(torch.autograd.Function):
         return T.unflatten(0, (info.batch_size, -1)), 0
 
 
-class ForwardModePlan(EntropicPlan):
-    "With forward mode, which `torch.compile` cannot trace."
-
-    @staticmethod
-    def jvp(ctx, d_C, d_mu, d_nu, *_):
-        T, mu, nu = ctx.saved_tensors
-        mu, nu = uniform(T[:, 0]) if mu is None else mu, uniform(T[..., 0]) if nu is None else nu
-        pairs = ((d_C, T), (d_mu, mu), (d_nu, nu))
-        return plan_tangent(T, mu, nu, *(torch.zeros_like(t) if d is None else d for d, t in pairs), *ctx.settings)
+def forward_mode_plan(C, mu, nu, eps, rho_pixels, rho_prompts, max_iter, tol):
+    "`EntropicPlan.apply` as plain operations, which forward mode and functions around it can differentiate."
+    values = (None if t is None else t.detach() for t in (C, mu, nu))
+    T = EntropicPlan.apply(*values, eps, rho_pixels, rho_prompts, max_iter, tol)
+    mu, nu = uniform(C[:, 0]) if mu is None else mu, uniform(C[..., 0]) if nu is None else nu
+    return plan_of_arguments(T, C, mu, nu, eps, keep_fraction(rho_pixels, eps), keep_fraction(rho_prompts, eps))
 
 
 for function in (EntropicPlan, PlanGradient):  # PyTorch asks for it in each call: 0.1 ms of a small problem's 3 ms
@@ -386,6 +369,6 @@ def sinkhorn(
         ]
         return math.prod(masses, start=D).mT.to(C.dtype)
     mu, nu = mu if mu is None else mu.reshape(-1, m), nu if nu is None else nu.reshape(-1, n)
-    function = EntropicPlan if torch.compiler.is_compiling() else ForwardModePlan
-    T = function.apply(D.reshape(-1, n, m), mu, nu, float(eps), float(rho_pixels), float(rho_prompts), max_iter, tol)
+    plan = EntropicPlan.apply if forward_ad._current_level < 0 else forward_mode_plan
+    T = plan(D.reshape(-1, n, m), mu, nu, float(eps), float(rho_pixels), float(rho_prompts), max_iter, tol)
     return T.reshape(*batch, n, m).mT.to(C.dtype)
