@@ -12,7 +12,7 @@ from otseg.cli import main
 from otseg.evaluation import evaluate_checkpoint
 from otseg.models import load_model, read_checkpoint
 from otseg.official import convert, official_name
-from otseg.recipes import resolve
+from otseg.recipes import recipe_dict, resolve
 from otseg.training import fit
 
 SMALL = dict(
@@ -241,7 +241,7 @@ def voc(forest, weights, tmp_path_factory):
 
 def test_from_the_shell(voc, forest, weights, tmp_path):
     out, record = voc
-    assert record["recipe"] == vars(resolve("voc", "fully_supervised", **SMALL))
+    assert record["recipe"] == recipe_dict(resolve("voc", "fully_supervised", **SMALL))
     status = main(
         [
             "evaluate",

@@ -1,6 +1,8 @@
 """`otseg.export`: the fixed number of steps converges, and onnxruntime says what PyTorch says."""
 
 import sys
+from functools import partial
+from math import inf
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from otseg import cli
 from otseg.digits import Digits
-from otseg.export import OUTPUTS, STEPS, Graph, eliminate, export_onnx, fixed_plan
+from otseg.export import OUTPUTS, STEPS, Graph, as_fixed, eliminate, export_onnx, fixed_plan
 from otseg.images import normalize
 from otseg.ot import sinkhorn
 from otseg.predict import load
@@ -36,6 +38,23 @@ def test_fixed_steps_converge(n, kind):
     assert T.dtype == torch.float32 and torch.allclose(T.sum(-1), torch.tensor(1 / 200), atol=1e-7)
     assert (T - sinkhorn(C, eps=0.05)).abs().max() * 200 * n < 1e-3 and (n * T.sum(-2) - 1).abs().max() < 1e-4
     assert torch.equal(fixed_plan(C, 0.05, STEPS), T)
+
+
+@pytest.mark.parametrize("rho", [(0.1, inf), (inf, 0.1), (0.3, 0.02), (0.0, inf), (inf, 0.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("kind", ["even", "far"])
+def test_fixed_steps_converge_for_relaxed_marginals(rho, kind):
+    C = 2 * torch.rand(30, 200, 6, generator=torch.Generator().manual_seed(0))
+    C[..., 0] += kind == "far"
+    penalties = dict(rho_pixels=rho[0], rho_prompts=rho[1])
+    T, want = fixed_plan(C, 0.05, **penalties), sinkhorn(C, eps=0.05, **penalties)
+    assert (T - want).abs().max() < 1e-4 * want.max()
+
+
+def test_the_plan_of_a_model_keeps_its_penalties():
+    plan = as_fixed(partial(sinkhorn, rho_pixels=0.1, rho_prompts=inf), STEPS)
+    C = 2 * torch.rand(3, 50, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plan(C, eps=0.05), fixed_plan(C, 0.05, rho_pixels=0.1))
+    assert as_fixed(torch.clone, STEPS) is torch.clone and as_fixed(sinkhorn, STEPS).func is fixed_plan
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,9 @@ NUMBERED = {p.stem[3:]: p.stem[:2] for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ip
 
 
 def test_no_number_is_used_twice():
-    assert len(set(NUMBERED.values())) == len(NUMBERED)
+    "Except by the transport and its solver."
+    numbers = list(NUMBERED.values())
+    assert {number for number in numbers if numbers.count(number) > 1} == {"00"} and numbers.count("00") == 2
 
 
 @pytest.mark.parametrize("module", sorted(NUMBERED))

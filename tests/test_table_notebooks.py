@@ -235,6 +235,26 @@ def test_factors_of_inference_are_evaluated_from_the_checkpoint(tiny, tmp_path):
     assert (tmp_path / "figures/t4_prompts_and_transport_digits.png").is_file()
 
 
+def test_from_softmax_to_transport(tiny, tmp_path):
+    "The untrained models are in one record; without a penalty's end, the plan depends on the other side only."
+    options = dict(factors="rho_pixels", run_missing=True)
+    table = run_table("t4_prompts_and_transport", tmp_path, **options, **tiny.folders, **TINY_RUNS)
+    ((name, record),) = tiny.records("*@untrained").items()
+    grid = pd.DataFrame(record["grid"])
+    assert record["name"] == name == f"{record['run']}@untrained"
+    assert len(grid) == grid[["eps", "rho_pixels", "rho_prompts"]].drop_duplicates().shape[0] == 5 * 9
+    assert {*grid["rho_pixels"]} == {0.0, 0.02, 0.1, 0.5, "inf"} == {*grid["rho_prompts"]}
+    assert ((grid["rho_pixels"] == "inf") | (grid["rho_prompts"] == "inf")).all()
+    assert (
+        "Untrained, MPS, pixel marginal: " in table.text and "Trained, decoder, prompt marginal: not run" in table.text
+    )
+    assert (tmp_path / "figures/t4_softmax_to_transport_digits.png").is_file()
+    recipe = {
+        tiny.records()[name]["recipe"]["rho_pixels"] for name in table.csv("t4_prompts_and_transport_digits")["records"]
+    }
+    assert recipe == {0.0, 0.02, 0.1, 0.5, "inf"}
+
+
 def check_curves(table, records):
     "Every run has a record, and the last row of its curve agrees with the record."
     assert len(table)
