@@ -82,6 +82,8 @@ class OTSeg(nn.Module):
         plan: Callable = sinkhorn,  # of both paths: (cost, eps=) -> plan, for example with a `rho_pixels`
         dropout: float = 0.1,  # on visual prompts and in the decoder
         init_from_clip: bool = False,  # initialise both paths to compute CLIP's cosines, instead of at random
+        dense: str = "last",  # how patches are read, see `ImageEncoder`
+        double_class_token: bool = True,  # see `ImageEncoder`
         apply_block: Callable = run_block,  # how a block of the image tower is computed, see `ImageEncoder`
     ):
         super().__init__()
@@ -89,7 +91,8 @@ class OTSeg(nn.Module):
         self.register_buffer("text", check_text(text, d).clone())
         self.image_size, self.eps, self.transport = image_size, eps, plan
         self.identity: dict[str, str] = {}  # digests of CLIP, words and dataset, see `otseg.identity`
-        self.encoder = ImageEncoder(visual, visual_prompts=visual_prompts, dropout=dropout, apply_block=apply_block)
+        reading = dict(double_class_token=double_class_token, dense=dense, apply_block=apply_block)
+        self.encoder = ImageEncoder(visual, visual_prompts=visual_prompts, dropout=dropout, **reading)
         self.descriptor = RelationshipDescriptor(d, init_from_clip=init_from_clip)
         self.decoder = Decoder(d, depth, attention=attention, eps=eps, dropout=dropout, plan=self.transport)
         if init_from_clip:
@@ -130,9 +133,11 @@ class DenseCLIP(nn.Module):
         text: Tensor,  # class embeddings (k, n, d)
         *,
         image_size: int = 512,  # side of an inference window, pixels
+        dense: str = "last",  # how patches are read, see `ImageEncoder`
     ):
         super().__init__()
-        self.encoder, self.image_size = ImageEncoder(visual, visual_prompts=0, double_class_token=False), image_size
+        self.encoder = ImageEncoder(visual, visual_prompts=0, double_class_token=False, dense=dense)
+        self.image_size = image_size
         self.register_buffer("text", check_text(text, visual.output_dim).clone())
 
     def forward(

@@ -70,6 +70,7 @@ def build_model(
         plan=partial(sinkhorn, rho_pixels=recipe.rho_pixels, rho_prompts=recipe.rho_prompts),
         dropout=recipe.dropout,
         init_from_clip=recipe.init_from_clip,
+        dense=recipe.dense,
     )
     towers = clip_identity(clip)
     templates = TEMPLATES[: recipe.num_templates] * recipe.template_repeats
@@ -176,6 +177,7 @@ MODEL_FIELDS = (
     "eps",
     "rho_pixels",
     "rho_prompts",
+    "dense",
     "visual_prompts",
     "num_templates",
     "template_repeats",
