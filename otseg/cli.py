@@ -283,11 +283,11 @@ def predict(
     checkpoint: Annotated[
         str | None, typer.Option(help="Of otseg, official, or converted [default: the shipped small model].")
     ] = None,
+    clip: Annotated[str | None, typer.Option(help="Name of a CLIP that segments without training.")] = None,
+    dense: Annotated[str, typer.Option(help="With --clip: how its patches are read.")] = "clear",
     clip_weights: ClipWeights = None,
     out: Annotated[Path, typer.Option(help="Folder for the masks.")] = Path("masks"),
-    background: Annotated[
-        float | None, typer.Option(help="Probability below which a pixel is background [default: no background].")
-    ] = None,
+    background: Annotated[float | None, typer.Option(help="Probability below which a pixel is background.")] = None,
     mpsa_weight: MpsaWeight = 0.5,
     calibration: Annotated[
         float | None,
@@ -295,9 +295,7 @@ def predict(
     ] = None,
     eps: Annotated[float | None, typer.Option(help="Entropic regularisation [default: the model's].")] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Write NAME_overlay.png too, with a legend.")] = False,
-    coco: Annotated[
-        bool, typer.Option("--coco", help="Write NAME.json too, in COCO's format; needs pycocotools.")
-    ] = False,
+    coco: Annotated[bool, typer.Option("--coco", help="Write NAME.json too, for COCO; needs pycocotools.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: a GPU if there is one].")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
 ):
@@ -308,7 +306,7 @@ def predict(
     from otseg.predict import load, mask_paths
 
     masks = mask_paths(images, out, recursive)
-    segmenter = load(checkpoint, clip_weights, device)
+    segmenter = load(checkpoint, clip_weights, device, clip=clip, dense=dense)
     options = dict(background=background, mpsa_weight=mpsa_weight, calibration=calibration, eps=eps)
     segment = lambda image: segmenter(image, classes, **options)
     segment(Image.new("RGB", (1, 1)))

@@ -109,7 +109,9 @@ def evenly_spaced_subset(data: Dataset, size: int | None) -> Dataset:
 # %% ../nbs/26_evaluation.ipynb #f5000024
 def validate_dense_clip(model: OTSeg, bench: Benchmark, recipe: Recipe, data: Dataset, **options) -> dict:
     "Metrics of the frozen CLIP of a model, without any training. `options` are those of `validate`."
-    dense = DenseCLIP(model.encoder.visual, model.text, image_size=recipe.image_size).to(model.text.device)
+    dense = DenseCLIP(model.encoder.visual, model.text, image_size=recipe.image_size, dense=recipe.dense).to(
+        model.text.device
+    )
     return validate(dense, bench, replace(recipe, calibration=0.0), data, paths=("mps",), **options)["mps"]
 
 # %% ../nbs/26_evaluation.ipynb #115e9765

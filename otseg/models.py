@@ -8,7 +8,7 @@ __all__ = ['MODEL_FIELDS', 'SIZES', 'ASSETS', 'DEFAULT_CHECKPOINT', 'load_class_
            'load_weights', 'check_same_model', 'inductive_recipe', 'inductive_checkpoint', 'recipe_for_clip',
            'load_recipe_benchmark', 'with_dataset_name', 'training_benchmark', 'check_official_classes',
            'recipe_for_target', 'load_official_state', 'is_same_dataset', 'load_model', 'is_otseg_checkpoint',
-           'official_recipe', 'half_checkpoint']
+           'official_recipe', 'training_free', 'half_checkpoint']
 
 # %% ../nbs/25_models.ipynb #a0000018
 import json
@@ -21,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import open_clip
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -29,10 +30,10 @@ from .checkpoints import provenance, read_tensors, write_tensors
 from .clip import register_clip
 from .data import Benchmark
 from .identity import check_identity, clip_identity, words_digest
-from .model import OTSeg
+from .model import OTSeg, TrainingFree
 from .official import read_official
 from .ot import sinkhorn
-from .recipes import Recipe, change, differences, recipe_dict, resolve, run_name, upgrade_fields
+from .recipes import RECIPES, Recipe, change, differences, recipe_dict, resolve, run_name, upgrade_fields
 from .text import TEMPLATES, cached_class_embeddings, check_known, class_embeddings, mean_of_words
 
 # %% ../nbs/25_models.ipynb #bac544c9
@@ -70,6 +71,7 @@ def build_model(
         plan=partial(sinkhorn, rho_pixels=recipe.rho_pixels, rho_prompts=recipe.rho_prompts),
         dropout=recipe.dropout,
         init_from_clip=recipe.init_from_clip,
+        dense=recipe.dense,
     )
     towers = clip_identity(clip)
     templates = TEMPLATES[: recipe.num_templates] * recipe.template_repeats
@@ -176,6 +178,7 @@ MODEL_FIELDS = (
     "eps",
     "rho_pixels",
     "rho_prompts",
+    "dense",
     "visual_prompts",
     "num_templates",
     "template_repeats",
@@ -359,6 +362,36 @@ def official_recipe(
         if k in (len(bench.classes), len(bench.seen)):
             return resolve(dataset, "inductive" if k == len(bench.seen) else "fully_supervised", clip=clip)
     return resolve("coco", "fully_supervised", clip=clip)
+
+# %% ../nbs/25_models.ipynb #2f2be967
+def training_free(
+    clip: str,  # open_clip's name of an architecture, or digits_clip
+    clip_weights: str | Path | None = None,  # tag or file; None: OpenAI's, or the small CLIP's own
+    dense: str = "clear",  # how patches are read, see `otseg.encoder.DENSE`
+) -> tuple[TrainingFree, Recipe, open_clip.CLIP]:  # model without classes, how to use it, its CLIP
+    "A model that needs no checkpoint. Raises ConnectionError, FileNotFoundError; ValueError: if names do not fit."
+    dataset = "digits" if clip == "digits_clip" else "folder"
+    towers = clip_by_name(clip, clip_weights)
+    recipe = RECIPES[dataset, "inductive"]
+    side, patch = towers.visual.image_size[0], towers.visual.patch_size[0]
+    sizes = (
+        {}
+        if dataset == "digits"
+        else dict(
+            image_size=side,
+            stride=side // 2,
+            test_short_side=3 * side // (2 * patch) * patch,
+            test_long_side=0,
+            normalization="clip",
+        )
+    )
+    own = dict(clip=clip, dense=dense, visual_prompts=0, depth=1, init_from_clip=True, calibration=0.0)
+    recipe = change(recipe, **own, **sizes)
+    no_text = torch.empty(0, recipe.num_templates, towers.visual.output_dim)
+    model = TrainingFree(
+        towers.visual, no_text, image_size=recipe.image_size, dense=dense, logit_scale=towers.logit_scale.exp().item()
+    )
+    return model.eval(), recipe, towers
 
 # %% ../nbs/25_models.ipynb #2b1b0076
 ASSETS = files("otseg") / "assets"

@@ -30,7 +30,7 @@ from .evaluation import best_device, check_device
 from .images import IGNORE, IMAGE_ENDINGS, fit_size, normalize, open_image
 from .inference import predict_probs
 from .model import OTSeg
-from .models import DEFAULT_CHECKPOINT, is_otseg_checkpoint, load_model, official_recipe
+from .models import DEFAULT_CHECKPOINT, is_otseg_checkpoint, load_model, official_recipe, training_free
 from .mpsa import PlanScore
 from .recipes import Recipe
 from .text import TEMPLATES, cached_class_embeddings, check_known, class_embeddings, mean_of_words
@@ -384,12 +384,27 @@ def load(
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
     device: str | torch.device | None = None,  # None: the accelerator if there is one
     cache: str | Path | None = None,  # folder that keeps embeddings of new words between sessions
+    *,
+    clip: str | None = None,  # open_clip's name of an architecture: segment with this CLIP, without a checkpoint
+    dense: str = "clear",  # with `clip`: how its patches are read, see `otseg.encoder.DENSE`
 ) -> Segmenter:
-    "Segmenter of a checkpoint. Raises FileNotFoundError, ConnectionError; ValueError: if the file does not fit."
+    """Segmenter of a checkpoint, or of a CLIP alone.
+
+    Raises FileNotFoundError, ConnectionError; ValueError: if the file does not fit, or for a checkpoint and a CLIP."""
+    if clip is not None:
+        if checkpoint is not None:
+            raise ValueError(
+                f"checkpoint = {checkpoint} and clip = {clip!r}: a checkpoint names its own CLIP; pass one"
+            )
+        model, recipe, towers = training_free(clip, clip_weights, dense)
+        return Segmenter(
+            model.to(best_device() if device is None else check_device(device)), recipe, towers, cache=cache
+        )
     path = Path(str(checkpoint or DEFAULT_CHECKPOINT))
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint at {path}: train one (nbs/train.ipynb), or call load() for the shipped small model"
+            f"no checkpoint at {path}: train one (nbs/train.ipynb), call load() for the shipped small model, "
+            "or load(clip='ViT-B-16-quickgelu') for a CLIP without training"
         )
     device = best_device() if device is None else check_device(device)
     trained = None if is_otseg_checkpoint(path) else official_recipe(path)

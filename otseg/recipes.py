@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from .encoder import check_dense
 from .images import NORMALIZATIONS
 from .mpsa import ATTENTIONS
 from .text import TEMPLATES
@@ -73,6 +74,8 @@ class Recipe:
     "Penalty of a wrong pixel marginal in both paths, in units of the cosine: inf keeps the marginal, 0 drops it."
     rho_prompts: Annotated[float, Field(ge=0)] = math.inf
     "Penalty of a wrong prompt marginal in both paths."
+    dense: Annotated[str, AfterValidator(check_dense)] = "last"
+    "Reading of the patches: last, earlier, earlier-2, .., value, self_self, neighbour or clear; see otseg.encoder."
     visual_prompts: Annotated[int, Field(ge=0, le=10_000)] = 10
     "Number of learned tokens in each block of the image encoder."
     num_templates: Annotated[int, Field(ge=1, le=len(TEMPLATES))] = 8

@@ -177,6 +177,6 @@ def check_known(
         if unknown := [tokenizer.decode([t]).strip() for t in tokenizer.encode(word) if not known[t]]:
             raise ValueError(
                 f"this CLIP does not know {word!r}: its token table has {int(known.sum())} of CLIP's "
-                f"{len(known)} rows, and none for {', '.join(map(repr, unknown))}; "
-                "use words that it knows, or a full CLIP"
+                f"{len(known)} rows, and none for {', '.join(map(repr, unknown))}; use words that it knows, or a full "
+                "CLIP, for example without training: --clip ViT-B-16-quickgelu, or load(clip='ViT-B-16-quickgelu')"
             )

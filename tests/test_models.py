@@ -180,6 +180,7 @@ OTHER = dict(
     attention="softmax",
     depth=2,
     eps=0.1,
+    dense="value",
     rho_pixels=0.1,
     rho_prompts=0.0,
     visual_prompts=5,

@@ -88,6 +88,8 @@ def test_unknown_names_and_wrong_types(args, changes, message):
     "changes",
     [
         {"attention": "flash"},
+        {"dense": "clip"},
+        {"dense": "earlier-0"},
         {"rho_pixels": -0.1},
         {"rho_prompts": math.nan},
         {"normalization": "none"},
@@ -156,6 +158,7 @@ OTHER_VALUE = {
     "dataset_name": "kitchen",
     "clip": "ViT-B-16",
     "attention": "softmax",
+    "dense": "clear",
     "rho_pixels": 0.5,
     "rho_prompts": 0.5,
     "precision": "bf16",
