@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATH_WEIGHTS', 'window_starts', 'window_masks', 'blend', 'class_maps', 'calibration_offsets', 'predict_probs',
-           'predict_paths']
+           'best_classes', 'predict_paths']
 
 # %% ../nbs/22_inference.ipynb #88b778e9
 import math
@@ -123,30 +123,46 @@ PATH_WEIGHTS = {"mps": 0.0, "mpsa": 1.0, "ensemble": 0.5}  # path -> lambda
 
 
 @torch.no_grad()
+def best_classes(
+    model: nn.Module,  # OTSeg in eval mode
+    image: Tensor,  # normalised (b, 3, H, W)
+    groups: Iterable[int],  # number of the group of each class (k,), 0 to g - 1
+    lower: Tensor,  # (k,) subtracted from the probability of each class
+    paths: Iterable = tuple(PATH_WEIGHTS),  # keys of PATH_WEIGHTS, or values of lambda
+    window: int | None = None,  # side of the sliding window, pixels; None: the image size of the model
+    stride: int | None = None,  # pixels; None: five sixths of the window
+    size: tuple[int, int] | None = None,  # of the label maps; None: that of the image
+) -> dict[str, tuple[Tensor, Tensor]]:  # path -> best class of each group and its probability (g, b, H, W)
+    "Best class of each group at each pixel, by each path. Raises ValueError: if a path is unknown."
+    window = model.image_size if window is None else window
+    corners, masks = window_masks(model, image, window, round(window * 5 / 6) if stride is None else stride)
+    if wrong := [path for path in paths if isinstance(path, str) and path not in PATH_WEIGHTS]:
+        raise ValueError(f"path {wrong[0]!r} is not one of {', '.join(PATH_WEIGHTS)}, nor a number")
+    image_size, groups = tuple(image.shape[-2:]), list(groups)
+    size, patch = image_size if size is None else tuple(size), model.encoder.visual.patch_size
+    found = {}
+    for path in paths:
+        best = torch.full((max(groups) + 1, len(image), *size), -torch.inf, device=image.device)
+        pred = torch.zeros_like(best, dtype=torch.long)
+        weight = PATH_WEIGHTS.get(path, path)
+        for part, prob in class_maps(corners, masks, image_size, patch, weight, lower, size):
+            for i, p in enumerate(prob.unbind(1), part.start):
+                g = groups[i]
+                pred[g].masked_fill_(p > best[g], i)
+                torch.maximum(best[g], p, out=best[g])
+        found[path] = pred, best
+    return found
+
+
 def predict_paths(
     model: nn.Module,  # OTSeg in eval mode
     image: Tensor,  # normalised (b, 3, H, W)
     paths: Iterable = tuple(PATH_WEIGHTS),  # keys of PATH_WEIGHTS, or values of lambda
     seen: Iterable[int] | None = None,  # classes that the calibration lowers; None: none
     calibration: float = 0.1,  # subtracted from the probability of seen classes
-    window: int | None = None,  # side of the sliding window, pixels; None: the image size of the model
-    stride: int | None = None,  # pixels; None: five sixths of the window
-    size: tuple[int, int] | None = None,  # of the label maps; None: that of the image
+    **options,  # of `best_classes`: window, stride, size
 ) -> dict[str, Tensor]:  # path -> label map (b, H, W)
     "Predicted class of each pixel by each path. Raises ValueError: if a path is unknown."
-    window = model.image_size if window is None else window
-    corners, masks = window_masks(model, image, window, round(window * 5 / 6) if stride is None else stride)
-    if wrong := [path for path in paths if isinstance(path, str) and path not in PATH_WEIGHTS]:
-        raise ValueError(f"path {wrong[0]!r} is not one of {', '.join(PATH_WEIGHTS)}, nor a number")
-    image_size, lower = tuple(image.shape[-2:]), calibration_offsets(masks.mps.shape[2], seen, calibration)
-    size, patch = image_size if size is None else tuple(size), model.encoder.visual.patch_size
-    pred = {}
-    for path in paths:
-        best = torch.full((len(image), *size), -torch.inf, device=image.device)
-        pred[path] = torch.zeros_like(best, dtype=torch.long)
-        weight = PATH_WEIGHTS.get(path, path)
-        for part, prob in class_maps(corners, masks, image_size, patch, weight, lower, size):
-            for i, p in enumerate(prob.unbind(1), part.start):
-                pred[path].masked_fill_(p > best, i)
-                torch.maximum(best, p, out=best)
-    return pred
+    k = len(model.text)
+    found = best_classes(model, image, [0] * k, calibration_offsets(k, seen, calibration), paths, **options)
+    return {path: pred[0] for path, (pred, _) in found.items()}
