@@ -161,11 +161,12 @@ def seen_unseen_curve(
 
 
 def ausuc(curve: pd.DataFrame) -> pd.Series:  # path -> area, 0 to 100
-    "Area under the curve of U over S of each path of `seen_unseen_curve`, in percent."
+    "Area under the upper right of each curve of `seen_unseen_curve`: the best U of the calibrations with at least S."
 
     def area(rows):
-        S, U = (torch.tensor(rows[name].to_numpy()) for name in ("S", "U"))
-        return -torch.trapezoid(U, S).item() / 100  # S falls while the calibration grows
+        front = rows.sort_values(["S", "U"], ascending=[False, True])
+        U, S = (torch.tensor(column.to_numpy()) for column in (front["U"].cummax(), front["S"]))
+        return -torch.trapezoid(U, S).item() / 100  # S falls
 
     return pd.Series({path: area(rows) for path, rows in curve.groupby("path", sort=False)}, name="AUSUC")
 

@@ -45,11 +45,12 @@ def test_at_its_ends_a_side_is_never_predicted(curve):
 
 
 def test_the_area():
-    "A straight line between its ends has half of their product; a model that loses nothing has all of it."
+    "A straight line has half of the product of its ends; a model that loses nothing has all of it, bent back or not."
     line = pd.DataFrame({"path": "a", "S": [80.0, 40.0, 0.0], "U": [0.0, 30.0, 60.0]})
     corner = pd.DataFrame({"path": "b", "S": [80.0, 80.0, 0.0], "U": [0.0, 60.0, 60.0]})
-    areas = ausuc(pd.concat([line, corner]))
-    assert areas["a"] == pytest.approx(24.0) and areas["b"] == pytest.approx(48.0)
+    bent = pd.DataFrame({"path": "c", "S": [50.0, 80.0, 80.0, 30.0, 0.0], "U": [0.0, 60.0, 60.0, 20.0, 10.0]})
+    areas = ausuc(pd.concat([line, corner, bent]))
+    assert areas["a"] == pytest.approx(24.0) and areas["b"] == pytest.approx(48.0) == areas["c"]
 
 
 def test_without_unseen_classes():
