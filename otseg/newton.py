@@ -240,7 +240,8 @@ def solve_plan(
     a, log_scale = torch.zeros_like(log_nu), torch.zeros_like(log_nu[:, :1])
     lowest = C.amin((1, 2))[:, None] if rho_pixels < math.inf else None
     for level in range(eps_levels, -1, -1):
-        a = EPS_FACTOR * a  # keeps g = eps * a while eps decreases
+        if level < eps_levels:  # keeps eps * (a + log nu) while eps decreases
+            a = EPS_FACTOR * a + (EPS_FACTOR - 1) * torch.where(nu > 0, log_nu, 0)
         level_eps, level_tol = eps * EPS_FACTOR**level, LEVEL_TOL if level else tol
         keep_pixels, keep_prompts = keep_fraction(rho_pixels, level_eps), keep_fraction(rho_prompts, level_eps)
         done = torch.zeros_like(nu[:, 0], dtype=torch.bool)
