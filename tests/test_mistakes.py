@@ -96,7 +96,7 @@ def test_one_line_and_status_2(photo, capsys, args, message):
 
 
 def test_an_unknown_error_keeps_its_traceback(photo, monkeypatch, capsys):
-    monkeypatch.setattr("otseg.predict.load", lambda *args: 1 / 0)
+    monkeypatch.setattr("otseg.predict.load", lambda *args, **options: 1 / 0)
     assert cli.main(["predict", photo]) == 1
     error = capsys.readouterr().err
     assert "ZeroDivisionError" in error and "this is a fault of otseg" in error and "please report it" in error
