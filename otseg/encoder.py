@@ -108,7 +108,7 @@ def neighbourhood(grid: tuple[int, int], tokens: int, like: Tensor) -> Tensor:
     out[1:, 1 : 1 + len(place)] = (-((place[:, None] - place) ** 2).sum(-1) / (2 * NEIGHBOUR_STD**2)).exp()
     return out
 
-
+# %% ../nbs/04_encoder.ipynb #b56b8552
 def attend_to_value(q, k, v, s, grid):
     return v[:, :, :s]
 
@@ -134,7 +134,7 @@ DENSE = {  # name -> attention (q, k, v, tokens, grid) -> (b, heads, tokens, c);
     "clear": (attend_to_queries, False),
 }
 
-
+# %% ../nbs/04_encoder.ipynb #aa65ac91
 def check_dense(dense: str) -> str:
     "A name of dense features, unchanged. Raises ValueError: if there are none of that name."
     if dense not in ("last", "earlier", *DENSE) and not re.fullmatch(r"earlier-[1-9]\d?", dense):

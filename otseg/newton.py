@@ -73,7 +73,7 @@ def dual_step(
     c, slope, limit = Q.sum(-1), 1.0, math.log(SINKHORN_FALLBACK_RATIO)
     error = log_nu - c.clamp_min(NO_MASS).log()
     if keep_prompts < 1:
-        error = (keep_prompts * error - (1 - keep_prompts) * a) / max(keep_prompts, 1e-300)
+        error = (keep_prompts * error - (1 - keep_prompts) * a) / max(keep_prompts, NO_MASS)
     error = torch.where(log_nu == -math.inf, 0, error)
     near, sinkhorn_step = error.clamp(-limit, limit), keep_prompts * error
     right_side = c * near.expm1()
@@ -214,7 +214,7 @@ def pixel_mass(
     log_scale = log_mass.amax(-1, keepdim=True).nan_to_num(math.nan, neginf=0)
     return (log_mass - log_scale).exp().to(A), log_scale, a
 
-
+# %% ../nbs/00_newton.ipynb #91ecb1dd
 @exact_float32_products()
 def solve_plan(
     C: Tensor,  # costs (p, n, m)
@@ -267,8 +267,8 @@ def solve_plan(
     for_each_chunk(partial(plan_from_scaling, power=keep_pixels), P, scaling, mass, P)  # the plan overwrites P
     errors = torch.zeros_like(log_nu[:, 0])
     if not done.all():
-        wanted = (log_nu - (1 / max(keep_prompts, 1e-300) - 1) * a).exp()
-        errors = torch.where(done, 0, (P.sum(-1) - wanted).abs().amax(-1).clamp_min(1e-300))
+        wanted = (log_nu - (1 / max(keep_prompts, NO_MASS) - 1) * a).exp()
+        errors = torch.where(done, 0, (P.sum(-1) - wanted).abs().amax(-1).clamp_min(NO_MASS))
     return P.to(C), errors
 
 # %% ../nbs/00_newton.ipynb #1601214d
@@ -280,7 +280,7 @@ def reciprocal(x: Tensor) -> Tensor:
 def gradient_sums(T: Tensor, grad: Tensor, Q: Tensor, B: Tensor, mean_grad: Tensor, inv_mass: Tensor):
     "Write T P^T into Q and W P^T into B (p, n, n), the mean gradient of each pixel and 1 / mass (p, m)."
     mass = T.sum(1)
-    inv_mass.copy_(torch.where(mass > 0, 1 / mass, 0))
+    inv_mass.copy_(reciprocal(mass))
     P, W = T * inv_mass[:, None], T * grad
     torch.matmul(P, T.mT, out=Q)
     torch.matmul(W, P.mT, out=B)

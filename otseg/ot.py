@@ -227,7 +227,7 @@ def fold_batch(info, in_dims: tuple, tensors: tuple) -> list[Tensor | None]:
 
     return [None if t is None else fold(t, axis) for t, axis in zip(tensors, in_dims)]
 
-
+# %% ../nbs/00_ot.ipynb #c5631fc8
 class PlanGradient(torch.autograd.Function):
     "`compute_gradient` with derivatives with respect to its four tensors."
 
@@ -260,7 +260,7 @@ class PlanGradient(torch.autograd.Function):
         out = PlanGradient.apply(*fold_batch(info, in_dims, (T, grad, mu, nu)), *settings)
         return tuple(t.unflatten(0, (info.batch_size, -1)) for t in out), (0, 0, 0)
 
-
+# %% ../nbs/00_ot.ipynb #7c73eb0c
 class EntropicPlan(torch.autograd.Function):
     """Plans (p, n, m) for costs (p, n, m) and marginals (p, m), (p, n), or None for uniform ones.
 
@@ -288,7 +288,7 @@ class EntropicPlan(torch.autograd.Function):
         T = EntropicPlan.apply(*fold_batch(info, in_dims, (C, mu, nu)), *settings)
         return T.unflatten(0, (info.batch_size, -1)), 0
 
-
+# %% ../nbs/00_ot.ipynb #b8c81761
 def forward_mode_plan(C, mu, nu, eps, rho_pixels, rho_prompts, max_iter, tol):
     "`EntropicPlan.apply` as plain operations, which forward mode and functions around it can differentiate."
     values = (None if t is None else t.detach() for t in (C, mu, nu))
@@ -331,8 +331,7 @@ def sinkhorn(
     C: Tensor,  # cost (..., m, n): m pixels, n prompts
     mu: Tensor | None = None,  # mass of each pixel (..., m); uniform, 1/m, by default
     nu: Tensor | None = None,  # mass of each prompt (..., n); uniform, 1/n, by default
-    eps: float
-    | Tensor = 0.05,  # entropic regularisation, in units of the cost; a tensor (...) may require its gradient
+    eps: float | Tensor = 0.05,  # entropic regularisation, in units of the cost; a tensor (...) has a gradient
     max_iter: int = 100,  # largest number of Newton steps for each value of eps
     tol: float = 1e-6,  # largest error of the prompt marginal, relative to nu
     *,

@@ -145,7 +145,7 @@ def test_gradient_penalty_trains():
 @pytest.mark.parametrize("rho", [(inf, inf), (0, inf), (inf, 0)], ids=str)
 def test_gradient_of_eps(rho):
     "One eps for all problems, or one for each."
-    C, weight = small(3, 2, 4, 3), small(3, 2, 4, 3, seed=1)
+    C = small(3, 2, 4, 3)
     for eps in (torch.tensor(0.3), torch.tensor([0.2, 0.5]), torch.tensor([[0.2], [0.3], [0.9]])):
         eps = eps.double().requires_grad_()
         assert gradcheck(lambda eps: plan(C, eps=eps, rho=rho), eps)
@@ -154,7 +154,6 @@ def test_gradient_of_eps(rho):
         want = torch.stack([torch.stack([plan(c, eps=e.item(), rho=rho) for c, e in zip(*p)]) for p in zip(C, each)])
         close(plan(C, eps=eps, rho=rho), want)
     close(vmap(lambda c, e: plan(c, eps=e, rho=rho))(C[:, 0], each[:, 0]), plan(C[:, 0], eps=each[:, 0], rho=rho))
-    assert weight.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -197,12 +196,8 @@ def test_empty_batches_stay_in_the_graph(shape):
 def test_layouts_and_types():
     C = cost("random", 2, 20, 4)
     expanded = C[:1].expand(3, 20, 4).clone().requires_grad_()
-    for view in (
-        C[:1].expand(3, 20, 4),
-        C[:1].repeat(3, 1, 1).mT.contiguous().mT,
-        C[:1].repeat(3, 2, 1)[:, ::2][:, :20],
-    ):
-        assert view.shape == (3, 20, 4)
+    strided = C[:1].repeat(3, 2, 1)[:, :20], C[:1].repeat(3, 1, 1).mT.contiguous().mT
+    assert all(torch.equal(sinkhorn(view), sinkhorn(view.contiguous())) for view in strided)
     close(sinkhorn(C[:1].expand(3, 20, 4)), sinkhorn(expanded).detach())
     leaf = C[:1].clone().requires_grad_()
     sinkhorn(leaf.expand(3, 20, 4)).square().sum().backward()

@@ -53,14 +53,14 @@ def test_a_large_penalty_keeps_the_marginals():
 def test_neighbours_in_the_family_are_close():
     "No jump at an end: a tiny penalty is almost none, a huge one almost infinite."
     C = cost("random", 3, 60, 6).double()
-    for tiny, huge in ((1e-9, 1e9),):
-        for a, b in (
-            ((tiny, inf), (0, inf)),
-            ((inf, tiny), (inf, 0)),
-            ((huge, 0.1), (inf, 0.1)),
-            ((0.1, huge), (0.1, inf)),
-        ):
-            close(relaxed(C, rho=a), relaxed(C, rho=b), 1e-6)
+    tiny, huge = 1e-9, 1e9
+    for a, b in (
+        ((tiny, inf), (0, inf)),
+        ((inf, tiny), (inf, 0)),
+        ((huge, 0.1), (inf, 0.1)),
+        ((0.1, huge), (0.1, inf)),
+    ):
+        close(relaxed(C, rho=a), relaxed(C, rho=b), 1e-6)
 
 
 # optimality

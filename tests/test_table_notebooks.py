@@ -236,7 +236,7 @@ def test_factors_of_inference_are_evaluated_from_the_checkpoint(tiny, tmp_path):
 
 
 def test_from_softmax_to_transport(tiny, tmp_path):
-    "The untrained models are in one record; without a penalty's end, the plan depends on the other side only."
+    "One record has the untrained models of every pair of penalties, of which one is infinite."
     options = dict(factors="rho_pixels", run_missing=True)
     table = run_table("t4_prompts_and_transport", tmp_path, **options, **tiny.folders, **TINY_RUNS)
     ((name, record),) = tiny.records("*@untrained").items()

@@ -19,7 +19,7 @@ def test_ours_solves_it(name):
 
 
 def with_solver(monkeypatch, plan):
-    monkeypatch.setitem(SOLVERS, "test", (by_autograd(plan), "torch"))
+    monkeypatch.setitem(SOLVERS, "test", (by_autograd(plan), "torch", True))
     return lambda name: measure(PROBLEMS[name], "test")["outcome"]
 
 
@@ -38,7 +38,7 @@ def test_wrong_solvers_fail(monkeypatch, name):
 
 
 def test_a_package_that_is_not_there(monkeypatch):
-    monkeypatch.setitem(SOLVERS, "test", (None, "no_such_package"))
+    monkeypatch.setitem(SOLVERS, "test", (None, "no_such_package", True))
     assert measure(PROBLEMS["one point"], "test")["outcome"] == "not installed"
 
 
