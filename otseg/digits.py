@@ -183,8 +183,9 @@ class Digits(Dataset):
         self,
         split: str = "train",  # 'train' or 'val'
         size: int | None = None,  # number of scenes; None: 2,000 for training, 200 for validation
+        start: int = 0,  # index of the first scene
     ):
-        self.split, self.scenes = split, draw_scenes(split, size or {"train": 2000, "val": 200}.get(split, 1))
+        self.split, self.scenes = split, draw_scenes(split, size or {"train": 2000, "val": 200}.get(split, 1), start)
 
     def __len__(self):
         return len(self.scenes.label)
