@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .clip import load_clip
+from .clip import load_clip, local_file
 from .encoder import ImageEncoder
 from .images import normalize
 from .text import TEMPLATES
@@ -329,11 +329,11 @@ def save_clip(
 
 
 def digits_clip(
-    path: str | Path | None = None,  # file that `save_clip` wrote; None: the weights in the package
+    path: str | Path | None = None,  # file that `save_clip` wrote, also hf:// (`03_clip`); None: that of the package
 ):  # open_clip CLIP, frozen, in eval mode, on the CPU
     "Load the small CLIP. Raises FileNotFoundError; ValueError: if the file is damaged."
     remedy = "correct clip_weights" if path else "reinstall otseg, or make them with nbs/pretrain_digits.ipynb"
-    path = Path(str(path or ASSETS / f"{ARCH}.safetensors"))
+    path = local_file(str(path or ASSETS / f"{ARCH}.safetensors"))
     if not path.is_file():
         raise FileNotFoundError(f"no CLIP weights at {path}: {remedy}")
     try:

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .benchmarks import BenchmarkSource, load_benchmark, unseen_indices
 from .checkpoints import provenance
+from .clip import local_file
 from .data import Benchmark, EvalView
 from .identity import split_digest
 from .images import IGNORE
@@ -320,7 +321,7 @@ def reading_processes(dataset: str, workers: int | None = None) -> int:
 
 # %% ../nbs/26_evaluation.ipynb #f500002a
 def evaluate_checkpoint(
-    checkpoint: str | Path,  # .safetensors file that `fit` wrote, or an official checkpoint
+    checkpoint: str | Path,  # file that `fit` wrote, or official checkpoint; also hf:// (`03_clip`)
     *,
     target: str | None = None,  # dataset to evaluate on; None: that of training
     root: str | Path | None = None,  # its folder, or one above it; None: the environment variable OTSEG_DATA
@@ -341,7 +342,7 @@ def evaluate_checkpoint(
         raise ValueError(
             f"{', '.join(sorted(wrong))} was fixed in training; an evaluation can change {', '.join(EVALUATION_FIELDS)}"
         )
-    started = datetime.now(timezone.utc)
+    started, checkpoint = datetime.now(timezone.utc), local_file(checkpoint)
     official = None if trained is None else resolve(trained, setting, **({"clip": clip} if clip else {}))
     source = official or read_checkpoint(checkpoint)[1]["recipe"]
     target = target or source.dataset

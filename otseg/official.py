@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -185,8 +185,11 @@ def read_converted(
     path: str | Path,  # .safetensors
 ) -> tuple[dict[str, Tensor], dict] | None:  # weights in our names, configuration
     "Weights and configuration of a file that `convert` wrote; None for other files."
-    with safe_open(path, "pt") as f:
-        header = f.metadata() or {}
+    try:
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+    except SafetensorError:  # `read_weights` says what is wrong
+        return None
     if "config" not in header:
         return None
     state, config = read_weights(path), json.loads(header["config"])

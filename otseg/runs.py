@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .checkpoints import newest_state, read_log, write_state
+from .clip import local_file
 from .data import EndlessBatches, EvalView, TrainCrops
 from .evaluation import evenly_spaced_subset, reading_processes, start_reading_process
 from .identity import check_identity, split_digest
@@ -40,7 +41,7 @@ class RunOptions:
     "How a run is carried out. Unlike the recipe, this does not change its result."
 
     out: Path  # folder for checkpoints, log.jsonl and record.json; made if it does not exist
-    init: str | Path | None = None  # checkpoint to start from
+    init: str | Path | None = None  # checkpoint to start from, also hf:// (`03_clip`)
     root: str | Path | None = None  # folder of the dataset, or one above it; None: the environment variable OTSEG_DATA
     description: str | Path | None = None  # of a folder: JSON file, or a shipped name; None: its dataset.json
     clip_weights: str | Path | None = None  # tag or file of CLIP's weights; None: OpenAI's, or the small CLIP's own
@@ -92,6 +93,7 @@ def setup_run(recipe: Recipe, options: RunOptions) -> Run:
     model = build_model(recipe, bench)
     model.identity |= {"train": split_digest(train), "val": split_digest(all_val)}
     if init is not None:
+        init = local_file(init)
         header = load_weights(model, init, bench.classes)
         check_same_model(header["recipe"], recipe, init)
         check_identity(header.get("identity", {}), model.identity, "start", init)

@@ -11,10 +11,10 @@ from helpers import TINY
 from PIL import Image
 
 from otseg import cli, predict
-from otseg.predict import mask_paths
+from otseg.mask_files import mask_paths
 from otseg.recipes import Recipe
 
-COMMANDS = ("check", "train", "evaluate", "predict", "convert", "export", "tables")
+COMMANDS = ("check", "train", "evaluate", "predict", "convert", "export", "push", "tables")
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
