@@ -64,7 +64,7 @@ def test_rows_of_a_table_are_different_runs(table, dataset):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (dict(table="t9"), "table = 't9' is not one of t1, t3, t4"),
+        (dict(table="t9"), "table = 't9' is not one of t1, t3, t4, t6"),
         (dict(settings=("zero",)), "setting = 'zero'"),
         (dict(dataset="mapillary"), "dataset = 'mapillary'"),
         (dict(max_iter=3), "no field 'max_iter'"),
