@@ -8,9 +8,10 @@ import torch
 from helpers import K, random_image, small_model
 
 from otseg.data import Benchmark
-from otseg.evaluation import CALIBRATIONS, ausuc, seen_unseen_curve, validate
+from otseg.evaluation import validate
 from otseg.images import IGNORE
 from otseg.recipes import resolve
+from otseg.seen_unseen import CALIBRATIONS, ausuc, seen_unseen_curve
 
 BENCH = Benchmark("test", tuple("abcde")[:K], (1, 4), None, None)
 
