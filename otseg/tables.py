@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ONE_REPEATED', 'T4_FACTORS', 'ROWS', 'TUNED', 'NOT_RUN', 'check_free', 'runs_for_table', 'described_name',
            'record_folders', 'read_record', 'write_record', 'missing', 'train_run', 'run_command', 'commands',
-           'missing_note', 'path_scores', 'run_scores', 'mean_and_sd', 'format_mean', 'to_wide', 'published_table',
-           'training_free_published', 'join_unique', 'output_folder', 'write_table', 'save_figure', 'check_counts',
-           'split_names']
+           'missing_note', 'path_scores', 'run_scores', 'measure_curves', 'curve_areas', 'mean_and_sd', 'format_mean',
+           'to_wide', 'published_table', 'training_free_published', 'join_unique', 'output_folder', 'write_table',
+           'save_figure', 'check_counts', 'split_names']
 
 # %% ../nbs/42_tables.ipynb #2b602e05
 import json
@@ -23,8 +23,9 @@ from .benchmarks import BenchmarkSource, load_benchmark
 from .checkpoints import project_root, write_json
 from .evaluation import TABLE_METRICS, mean_iou
 from .metrics import METRICS
-from .models import inductive_recipe
+from .models import inductive_recipe, load_recipe_benchmark
 from .recipes import SETTINGS, Recipe, differences, resolve, run_name
+from .seen_unseen import measure_curve
 from .training import fit
 
 # %% ../nbs/42_tables.ipynb #544f1c5f
@@ -230,6 +231,40 @@ def run_scores(
         record = read_record(run["run"], folder)
         rows += [run | {"path": path} | path_scores(record, path) for path in paths]
     return pd.DataFrame(rows)
+
+# %% ../nbs/42_tables.ipynb #866dc9d5
+def measure_curves(
+    runs: pd.DataFrame,  # from `runs_for_table`
+    out: str | Path,  # folder that contains the folders of all runs
+    folder: str | Path | None = None,  # of the records, see `record_folders`
+    *,
+    root: str | Path | None = None,  # of the dataset
+    description: str | Path | None = None,
+    clip_weights: str | Path | None = None,
+    **options,  # of `fit`: per_device, workers, progress
+):
+    "Measure the curve of each run that has none. A run without a checkpoint is trained first."
+    given = dict(root=root, description=description, clip_weights=clip_weights)
+    for recipe in runs["recipe"].unique():
+        checkpoint = Path(out) / run_name(recipe) / "last.safetensors"
+        if read_record(f"{run_name(recipe)}@curve", folder) is None:
+            if not checkpoint.is_file():
+                train_run(recipe, out, folder, **given, **options)
+            bench = load_recipe_benchmark(recipe, root, clip_weights, description)
+            found = measure_curve(checkpoint, target=bench, clip_weights=clip_weights, workers=options.get("workers"))
+            write_record(found, folder)
+
+
+def curve_areas(
+    runs: pd.DataFrame,  # from `runs_for_table`
+    folder: str | Path | None = None,  # of the records, see `record_folders`
+) -> pd.DataFrame:  # columns of `runs` without recipe, path, and AUSUC in percent; `run` is the name of the record
+    "Area under the curve of each run and path. NaN: it was not measured."
+    rows = []
+    for run in runs.drop(columns="recipe").assign(run=runs["run"] + "@curve").to_dict("records"):
+        areas = (read_record(run["run"], folder) or {}).get("ausuc", {"ensemble": nan})
+        rows += [run | {"path": path, "AUSUC": area} for path, area in areas.items()]
+    return pd.DataFrame(rows, columns=[*runs.columns.drop("recipe"), "path", "AUSUC"])
 
 # %% ../nbs/42_tables.ipynb #0a5bb00a
 def mean_and_sd(

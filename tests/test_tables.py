@@ -237,6 +237,8 @@ NUMBERS = sorted(
 
 def number(record, path, metric):
     "A number of a record: metrics in percent, plans as they are."
+    if "ausuc" in record:
+        return record["ausuc"][path]
     if "plans" in record:
         return record["plans"][path][metric]
     if metric == "mIoU":
