@@ -1,6 +1,7 @@
 # make demo     train and evaluate on the embedded benchmark      make test     run all notebooks and tests
 # make lint     check style and formatting                         make export   write otseg/*.py from the notebooks
-# make gpu      verify and measure a GPU                           make readme   write README.md from nbs/index.ipynb               make jupyter  test the notebooks in JupyterLab with Chromium
+# make gpu      verify and measure a GPU                           make readme   write README.md from nbs/index.ipynb
+# make site     write the pages of the site into _docs/html        make jupyter  test notebooks and site in a browser, Chromium
 # Every target installs the environment first. PYTHON is the interpreter (3.10 or newer), VENV the folder of the environment,
 # THREADS the threads of the demo (its model is small: one is fastest), JOBS the number of tests that run at a time.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ JOBS ?= 2
 bin := $(VENV)/bin
 installed := $(VENV)/installed
 
-.PHONY: demo test gpu lint jupyter readme export clean
+.PHONY: demo test gpu lint site jupyter readme export clean
 
 # The terminal shows the last line of the training log every ten seconds.
 demo: $(installed)
@@ -38,12 +39,16 @@ gpu:
 	$(if $(wildcard $(bin)/python),$(bin)/python,$(PYTHON)) scripts/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(WHEELS),--wheels $(WHEELS))
 
 lint: $(installed)
-	$(bin)/ruff check nbs scripts tests
-	$(bin)/ruff format --check nbs scripts tests
+	$(bin)/ruff check docs nbs scripts tests
+	$(bin)/ruff format --check docs nbs scripts tests
+
+# Static pages: nothing is executed, and they load nothing from elsewhere. Any web server can serve the folder.
+site: $(installed)
+	$(bin)/python docs/build.py
 
 jupyter: $(installed)
 	$(bin)/pip install --quiet playwright
-	$(bin)/python -m pytest -rs tests/test_jupyter.py
+	$(bin)/python -m pytest -rs tests/test_jupyter.py tests/test_site.py
 
 readme: $(installed)
 	$(bin)/python scripts/readme.py

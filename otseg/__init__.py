@@ -1,5 +1,5 @@
 """Zero-shot semantic segmentation by optimal transport between pixels and prompts."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 IGNORE = 255  # label of a pixel without a class
 
 

@@ -13,6 +13,10 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"""(\]\(|(?:src|href)=["'])(?![a-z]+:|[#/])([^)\s"'#]+)""")
+BADGES = " ".join(  # GitHub resolves these links from the page of README.md
+    f"[![{name}](../../actions/workflows/{file}.yml/badge.svg)](../../actions/workflows/{file}.yml)"
+    for name, file in {"CI": "ci", "Site": "site"}.items()
+)
 PICTURES = {"enabled": True, "output_filename_template": "results/figures/readme_{cell_index}_{index}{extension}"}
 
 
@@ -36,7 +40,8 @@ def render(notebook=ROOT / "nbs/index.ipynb"):
     text, resources = MarkdownExporter(config={"ExtractOutputPreprocessor": PICTURES}).from_notebook_node(nb)
     text = re.sub(r"<style scoped>.*?</style>\s*", "", text, flags=re.DOTALL)  # GitHub shows it as text
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)).strip()
-    return text + "\n", resources["outputs"]
+    title, rest = text.split("\n", 1)
+    return f"{title}\n\n{BADGES}\n{rest}\n", resources["outputs"]
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def test_readme_is_the_rendered_index():
     for path, data in pictures.items():
         assert (ROOT / path).read_bytes() == data, f"{path}: run `make readme`"
     for link in re.findall(r"""(?:\]\(|(?:src|href)=["'])(?![a-z]+:|#)([^)\s"'#]+)""", text):
-        assert (ROOT / link).exists(), f"README.md points to {link}, which does not exist"
+        workflow = re.fullmatch(r"../../actions/workflows/(\w+\.yml)(/badge.svg)?", link)
+        place = ROOT / (f".github/workflows/{workflow[1]}" if workflow else link)
+        assert place.exists(), f"README.md points to {link}, which does not exist"
 
 
 def test_links_of_the_index_work_from_the_root():
@@ -188,6 +190,38 @@ def test_one_version():
 
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert otseg.__version__ == config()["version"] == citation["version"]
+
+
+def make_targets():
+    return set(re.findall(r"(?m)^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "schema, file",
+    [
+        ("github-workflows", ".github/workflows/ci.yml"),
+        ("github-workflows", ".github/workflows/site.yml"),
+        ("citation-file-format", "CITATION.cff"),
+    ],
+)
+def test_files_for_others_fit_their_schema(schema, file):
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", ROOT / file]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_workflows_call_targets_of_the_makefile_on_supported_versions():
+    workflows = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / ".github/workflows").glob("*.yml")]
+    jobs = [job for workflow in workflows for job in workflow["jobs"].values()]
+    called = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    assert {command.removeprefix("make ") for command in called} == {"lint", "demo", "test", "site"} <= make_targets()
+    (matrix,) = [job["strategy"]["matrix"]["python"] for job in jobs if "strategy" in job]
+    assert matrix[0] == config()["min_python"] and matrix[-1] == "3.13"
+
+
+def test_the_changelog_begins_with_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^## (\S+)", text)[1] == config()["version"]
 
 
 def runtime_distributions():

@@ -1,0 +1,151 @@
+"""The site: it is built from the notebooks, no link is dead, and a browser finds nothing to complain about."""
+
+import functools
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+import pytest
+from helpers import ROOT
+
+pytest.importorskip("myst_nb")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("npm"), reason="no npm")]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "Folder of the site."
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/build.py", "--out", out], cwd=ROOT, capture_output=True, text=True
+    )
+    if "npm pack" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr, done.stderr[-3000:]
+    return out
+
+
+class Page(HTMLParser):
+    "Links, files and anchors of a page."
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = [], set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes.get("id"), attributes.get("name")}
+        self.links += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+
+
+def pages_of(site):
+    "Every page but the code listings, and the templates that the theme leaves behind."
+    return [path for path in sorted(site.rglob("*.html")) if not {"_static", "_modules"} & set(path.parts)]
+
+
+def test_no_internal_link_is_dead(site):
+    pages = {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+    dead = []
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlparse(link)
+            if url.scheme or url.netloc or link in ("#", "javascript:void(0)"):
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if not target.is_file() or (url.fragment and target in pages and url.fragment not in pages[target].anchors):
+                dead.append(f"{path.relative_to(site)}: {link}")
+    assert len(pages) > 100 and not dead, dead[:20]
+
+
+def test_every_notebook_has_a_page_in_the_navigation(site):
+    names = [p.relative_to(ROOT / "nbs").with_suffix(".html") for p in (ROOT / "nbs").rglob("*.ipynb")]
+    names = [name for name in names if ".ipynb_checkpoints" not in name.parts]
+    listed = "".join(path.read_text() for path in site.glob("*.html"))
+    assert not [name for name in names if f"nbs/{name.as_posix()}" not in listed]
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    foreign = []
+    for path in pages_of(site):
+        for link in Page(path).links:
+            if urlparse(link).netloc and (link.endswith(".js") or link.endswith(".css")):
+                foreign.append(f"{path.relative_to(site)}: {link}")
+    assert not foreign, foreign[:5]
+
+
+def test_the_reference_has_the_comments_of_the_parameters(site):
+    text = (site / "api/ot.html").read_text()
+    assert "cost (..., m, n)" in text and "[source]" in text
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield found
+        found.close()
+
+
+def watched(browser, **options):
+    "A page, and the complaints of its console and requests."
+    page, complaints = browser.new_page(**options), []
+    page.on("console", lambda m: complaints.append(f"{page.url}: {m.text}") if m.type == "error" else None)
+    page.on("pageerror", lambda e: complaints.append(f"{page.url}: {e}"))
+    page.on("requestfailed", lambda r: complaints.append(f"{page.url}: no {r.url}"))
+    page.on("response", lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    return page, complaints
+
+
+def test_every_page_loads_without_errors(browser, address, site):
+    page, complaints = watched(browser)
+    for path in pages_of(site):
+        page.goto(f"{address}/{path.relative_to(site).as_posix()}", wait_until="load")
+    assert not complaints, complaints[:10]
+
+
+def test_formulas_are_rendered(browser, address):
+    page, _ = watched(browser)
+    page.goto(f"{address}/nbs/00_ot.html")
+    page.wait_for_selector("mjx-container svg", timeout=20_000)
+    assert "$" not in page.inner_text("article section > p >> nth=0")
+
+
+def test_search_finds_sinkhorn(browser, address):
+    page, _ = watched(browser)
+    page.goto(f"{address}/search.html?q=sinkhorn")
+    page.wait_for_selector("ul.search li a", timeout=20_000)
+    found = page.eval_on_selector_all("ul.search li a", "all => all.map(a => a.getAttribute('href'))")
+    assert any("api/ot.html" in link for link in found) and any("nbs/00_ot.html" in link for link in found)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_the_screen(browser, address, width):
+    page, _ = watched(browser, viewport={"width": width, "height": 844})
+    for path in ("index", "nbs/index", "nbs/00_ot", "nbs/tables/t4_prompts_and_transport", "api/ot", "howto/own_photo"):
+        page.goto(f"{address}/{path}.html")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
