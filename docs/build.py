@@ -5,6 +5,7 @@ nothing from elsewhere. It needs `npm` and the packages of `pip install 'otseg[d
 """
 
 import argparse
+import gzip
 import json
 import re
 import shutil
@@ -13,11 +14,18 @@ import sys
 import tarfile
 from pathlib import Path
 
+from try_page import write_try_page
+
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_docs"
-LIBRARIES = {  # npm package -> files in it, and their names in the site
-    "mathjax@3.2.2": {"package/es5/tex-mml-svg.js": "mathjax/tex-mml-svg.js"},
-    "mermaid@11.17.2": {"package/dist/mermaid.min.js": "mermaid.min.js"},
+LIBRARIES = {  # npm package -> files in it, and their places in the site
+    "mathjax@3.2.2": {"package/es5/tex-mml-svg.js": "_static/mathjax/tex-mml-svg.js"},
+    "mermaid@11.17.2": {"package/dist/mermaid.min.js": "_static/mermaid.min.js"},
+    "onnxruntime-web@1.30.0": {
+        "package/dist/ort.wasm.min.mjs": "extra/try/ort/ort.wasm.min.mjs",
+        "package/dist/ort-wasm-simd-threaded.mjs": "extra/try/ort/ort-wasm-simd-threaded.mjs",
+        "package/dist/ort-wasm-simd-threaded.wasm": "extra/try/ort/ort-wasm-simd-threaded.wasm.gz",
+    },
 }
 PARTS = {  # title of a part -> its notebooks in reading order, as patterns
     "Method": ("0[0-8]_*",),
@@ -46,7 +54,8 @@ def fetch_libraries(folder: Path):
             for inside, outside in files.items():
                 target = folder / outside
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(tar.extractfile(inside).read())
+                content = tar.extractfile(inside).read()
+                target.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
 
 
 def notebooks(pattern: str) -> list[str]:
@@ -126,7 +135,7 @@ def prepare(source: Path):
     for name in ("conf.py", "_static", "howto"):
         copy = shutil.copytree if (ROOT / "docs" / name).is_dir() else shutil.copy
         copy(ROOT / "docs" / name, source / name)
-    fetch_libraries(source / "_static")
+    fetch_libraries(source)
     parts = {title: [n for pattern in patterns for n in notebooks(pattern)] for title, patterns in PARTS.items()}
     places = {name.split("/")[-1]: f"nbs/{name}" for names in parts.values() for name in names}
     local = {name: place.removeprefix("nbs/") for name, place in places.items()}
@@ -151,6 +160,7 @@ def main():
     parser.add_argument("--out", type=Path, default=SITE / "html", help="folder of the site")
     out = parser.parse_args().out
     prepare(SITE / "source")
+    write_try_page(SITE / "source" / "extra" / "try", ROOT / "docs" / "try")
     command = [sys.executable, "-m", "sphinx", "-q", "-j", "auto", "-b", "html", str(SITE / "source"), str(out)]
     status = subprocess.run([*command, "-d", str(SITE / "doctrees")]).returncode
     print(f"{out / 'index.html'}: {sum(1 for _ in out.rglob('*.html'))} pages")

@@ -9,7 +9,8 @@ from fastcore.docments import docments, empty
 project, author = "otseg", "the otseg developers"
 release = installed_version("otseg")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax", "sphinx_design"]
-exclude_patterns = ["try/*", "results/*"]
+exclude_patterns = ["extra/*", "results/*"]
+html_extra_path = ["extra"]
 nb_execution_mode = "off"  # committed outputs are shown
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image", "colon_fence"]

