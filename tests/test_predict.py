@@ -19,7 +19,7 @@ import otseg
 from otseg import predict
 from otseg.descriptions import word_groups
 from otseg.digits import CLASSES, Digits, digits_clip
-from otseg.explain import explain, panel
+from otseg.explain import Panel, explain
 from otseg.identity import clip_identity
 from otseg.images import normalize, open_image
 from otseg.inference import predict_probs
@@ -371,20 +371,37 @@ def test_with_words_shares_weights_and_changes_nothing(free):
 
 
 def test_explanation_and_panel(seg):
-    w = pytest.importorskip("ipywidgets")
+    pytest.importorskip("ipywidgets")
     fig = explain(seg, SCENES[0]["image"], "zero, grass, brick", ["grass"], eps=0.1)
     assert [a.get_title() for a in fig.axes[1:7]] == [t.replace(" of ", "\nof ") for t in TEMPLATES[:6]]
     with pytest.raises(ValueError, match="'cow'"):
         explain(seg, SCENES[0]["image"], "zero, grass", ["cow"])
-    box = panel(seg, {"one": SCENES[0]["image"], "two": SCENES[1]["image"]}, "three, six, grass, gravel, brick")
-    *controls, message, mask = box.children
-    pictures = [mask.value]
+    box = Panel(seg, {"one": SCENES[0]["image"], "two": SCENES[1]["image"]}, "three, six, grass, gravel, brick")
+    controls, pictures = [*box.controls.values()], [box.picture]
     for control, value in zip(controls, ("two", "six, eight, page, gravel", 0.5, 1.0, 0.4)):
         control.value = value
-        pictures.append(mask.value)
-    assert isinstance(mask, w.Image) and len(set(pictures)) == len(pictures) and not message.value
+        pictures.append(box.picture)
+    assert len(set(pictures)) == len(pictures) and not box.message.value
     controls[1].value = "cat <b>"
-    assert "cat &lt;b>" in message.value and mask.value == pictures[-1]
+    assert "cat &lt;b>" in box.message.value and box.picture == pictures[-1]
+
+
+def test_the_picture_of_the_panel_is_no_widget(seg, monkeypatch):
+    "It stays when the kernel, and with it every widget, is gone."
+    pytest.importorskip("ipywidgets")
+    import IPython.display
+
+    shown = []
+
+    class Handle:
+        update = shown.append
+
+    monkeypatch.setattr(IPython.display, "display", lambda thing, **_: shown.append(thing) or Handle)
+    box = Panel(seg, {"one": SCENES[0]["image"]}, "three, six")
+    box._ipython_display_()
+    box.controls["classes"].value = "grass, brick"
+    controls, first, second = shown
+    assert controls is box.box and first.data != second.data == box.picture
 
 
 # loading
