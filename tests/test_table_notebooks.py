@@ -78,6 +78,8 @@ WRONG = [
     ("t3_components", {"rows": "mpsa-two"}, "rows: mpsa-two is not one of softmax-repeated"),
     ("t4_prompts_and_transport", {"factors": "eps,epsilon"}, "factors: epsilon is not one of num_templates"),
     ("t4_prompts_and_transport", {"calibration": 0.2}, "calibration cannot be changed"),
+    ("t6_training_free", {"dense": "value"}, "dense cannot be changed"),
+    ("t6_training_free", {"reading": "value"}, "unknown parameter reading"),
     ("f1_prompts", {"images": "0,a.png"}, "either numbers of validation images or files"),
     ("f1_prompts", {"attention": "mpsa"}, "attention cannot be changed"),
     ("f2_qualitative", {"setting": "inductive"}, "unknown parameter setting"),
@@ -97,7 +99,14 @@ def test_a_wrong_parameter_stops_the_notebook(name, wrong, says, tmp_path):
 # committed tables
 
 
-TABLE_NOTEBOOKS = ("t1_zero_shot", "t2_cross_dataset", "t3_components", "t4_prompts_and_transport", "f3_training")
+TABLE_NOTEBOOKS = (
+    "t1_zero_shot",
+    "t2_cross_dataset",
+    "t3_components",
+    "t4_prompts_and_transport",
+    "t6_training_free",
+    "f3_training",
+)
 
 
 @pytest.mark.parametrize("name", TABLE_NOTEBOOKS)
@@ -110,7 +119,7 @@ def test_committed_records_give_the_committed_tables(name, tmp_path):
         assert file.read_text() == (RESULTS / "tables" / file.name).read_text(), file.name
 
 
-@pytest.mark.parametrize("name", ["t3_components", "t4_prompts_and_transport"])
+@pytest.mark.parametrize("name", ["t3_components", "t4_prompts_and_transport", "t6_training_free"])
 def test_what_was_not_run_says_so(name, tmp_path):
     records = tmp_path / "records"
     table = run_table(name, tmp_path, dataset="voc", records=records, runs=tmp_path / "runs")
@@ -130,7 +139,7 @@ def test_papermill_runs_a_table_from_another_folder(tmp_path):
     assert "otseg tables commands t4 --dataset voc" in executed.read_text()
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs/tables").glob("[tf][1-4]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs/tables").glob("[tf][1-46]*.ipynb")), ids=lambda p: p.stem)
 def test_the_default_folder_is_ignored_by_git(notebook):
     "Committed tables, figures and records change only if a user names their folder."
     source = notebook.read_text()
