@@ -226,7 +226,7 @@ def test_components_measure_the_plans(tiny, tmp_path):
     numbers = table.csv("t3_components_digits")
     assert set(numbers["records"]) == {plans["run"]} and set(numbers["path"]) == {"mps", "mpsa", "ensemble"}
     assert set(table.csv("t3_plans_digits")["metric"]) == {"distance", "diversity"}
-    assert len([*(tmp_path / "figures").glob("t3_*.png")]) == 2
+    assert len([*(tmp_path / "figures").glob("t3_*.png")]) == 3
 
 
 def test_factors_of_inference_are_evaluated_from_the_checkpoint(tiny, tmp_path):
