@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def test_entry_notebook_is_thin(path):
 
 # packaging
 
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"torch": "pytorch", "build": "python-build"}
 
 
 def pins(requirements):
@@ -222,6 +223,23 @@ def test_workflows_call_targets_of_the_makefile_on_supported_versions():
 def test_the_changelog_begins_with_this_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"(?m)^## (\S+)", text)[1] == config()["version"]
+
+
+def test_a_wheel_has_the_package_and_its_files(tmp_path):
+    "`build` makes the wheel from the source distribution, so that one is complete too."
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listing.stdout.split("\0")):
+        if not name.startswith(("nbs/", "results/", "tests/", ".")) and (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    done = subprocess.run([sys.executable, "-m", "build", tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob(f"otseg-{config()['version']}-*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    ours = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "otseg").rglob("*") if p.is_file()}
+    assert ours <= inside and not [name for name in inside if name.startswith(("tests/", "docs/", "nbs/"))]
 
 
 def runtime_distributions():
