@@ -115,8 +115,8 @@ def contents(title: str, entries: list[str], text: str = "") -> str:
     return f"# {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
 
 
-def write_api(folder: Path):
-    "A page for each module, with its docstring and all that it exports."
+def write_api(folder: Path) -> list[str]:
+    "Write a page for each module, with its docstring and all that it exports. Returns their names."
     folder.mkdir(parents=True, exist_ok=True)
     modules = []
     for path in sorted((ROOT / "otseg").glob("*.py")):

@@ -37,6 +37,7 @@ class Parts(nn.Module):
 
 def write_model(path: Path) -> dict:
     "Write the compressed graph. Returns what the page has to know of the model."
+    from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
     from onnxscript import opset18
 
     model, recipe, bench = load_model(DEFAULT_CHECKPOINT)
@@ -56,8 +57,13 @@ def write_model(path: Path) -> dict:
         optimize=False,
         custom_translation_table={torch.ops.otseg.exact_product.default: lambda A, B: opset18.MatMul(A, B)},
     )
-    path.write_bytes(gzip.compress(raw.read_bytes(), 9))
-    raw.unlink()
+    folded = path.with_suffix(".folded")
+    options = SessionOptions()
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_BASIC  # a quarter of the nodes: loads faster
+    options.optimized_model_filepath = str(folded)
+    InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+    path.write_bytes(gzip.compress(folded.read_bytes(), 9))
+    raw.unlink(), folded.unlink()
     colours = (255 * palette(len(CLASSES))).round().astype(int).tolist()
     return {
         "classes": CLASSES,

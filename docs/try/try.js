@@ -111,19 +111,28 @@ function scores(plans, k) { // score map of each window: m n sum_j T S
   });
 }
 
-function addUpsampled(total, low, grid, window, top, left, side, f) { // bilinear, half-pixel centres
-  const at = [];
-  for (let u = 0; u < window; u++) {
+let taps; // of bilinear upsampling, half-pixel centres: left neighbour and weight of the right one
+
+function upsample(low, grid, window) { // (grid, grid) -> (window, window)
+  taps ??= Array.from({ length: window }, (_, u) => {
     const p = Math.min(Math.max(((u + 0.5) * grid) / window - 0.5, 0), grid - 1), i = Math.min(Math.floor(p), grid - 2);
-    at.push([i, p - i]);
-  }
+    return [i, p - i];
+  });
+  const out = new Float64Array(window * window), row = new Float64Array(grid);
   for (let y = 0; y < window; y++) {
-    const [i, s] = at[y];
+    const [i, s] = taps[y];
+    for (let j = 0; j < grid; j++) row[j] = (1 - s) * low[i * grid + j] + s * low[(i + 1) * grid + j];
     for (let x = 0; x < window; x++) {
-      const [j, t] = at[x], o = i * grid + j;
-      const value = (1 - s) * ((1 - t) * low[o] + t * low[o + 1]) + s * ((1 - t) * low[o + grid] + t * low[o + grid + 1]);
-      total[(top + y) * side + left + x] += f(value);
+      const [j, t] = taps[x];
+      out[y * window + x] = (1 - t) * row[j] + t * row[j + 1];
     }
+  }
+  return out;
+}
+
+function add(total, part, window, top, left, side) {
+  for (let y = 0; y < window; y++) {
+    for (let x = 0; x < window; x++) total[(top + y) * side + left + x] += part[y * window + x];
   }
 }
 
@@ -136,14 +145,15 @@ function update() {
   get("lambda_value").textContent = lambda.toFixed(2);
   const count = new Float64Array(side * side), best = new Float64Array(side * side).fill(-1), label = new Int8Array(side * side).fill(-1);
   for (const [top, left] of corners) for (let y = 0; y < w; y++) for (let x = 0; x < w; x++) count[(top + y) * side + left + x]++;
-  const sigmoid = (z) => 1 / (1 + Math.exp(-z));
   const plansOfClass = new Map();
   for (const k of state.chosen) {
     const plans = plansOf(k, eps), mps = scores(plans, k), total = new Float64Array(side * side);
     plansOfClass.set(k, plans);
     corners.forEach(([top, left], b) => {
       const logits = mps[b].map((z, i) => (1 - lambda) * z + lambda * decoder[(b * classes.length + k) * m + i]);
-      addUpsampled(total, logits, grid, w, top, left, side, sigmoid);
+      const probability = upsample(logits, grid, w);
+      for (let i = 0; i < probability.length; i++) probability[i] = 1 / (1 + Math.exp(-probability[i]));
+      add(total, probability, w, top, left, side);
     });
     for (let i = 0; i < total.length; i++) if (total[i] / count[i] > best[i]) [best[i], label[i]] = [total[i] / count[i], k];
   }
@@ -170,22 +180,28 @@ function showMask(label) {
   return order.find((k) => k < 10) ?? order[0]; // a digit, if there is one
 }
 
-function showMap(id, values, count, colour) { // values (window, pixel of the grid), averaged over the windows
+function showMap(id, values, count, colours) { // values (window, pixel of the grid), averaged over the windows
   const { side, window: w, corners } = about, total = new Float64Array(side * side);
-  corners.forEach(([top, left], b) => addUpsampled(total, values[b], state.features.grid, w, top, left, side, (v) => v));
-  const context = get(id).getContext("2d"), image = context.createImageData(side, side);
-  total.forEach((sum, i) => image.data.set([...colour(sum / count[i]), 255], i * 4));
+  corners.forEach(([top, left], b) => add(total, upsample(values[b], state.features.grid, w), w, top, left, side));
+  const context = get(id).getContext("2d"), image = context.createImageData(side, side), { table, low, high } = colours;
+  for (let i = 0; i < total.length; i++) {
+    const at = 3 * Math.max(0, Math.min(255, Math.round((255 * (total[i] / count[i] - low)) / (high - low))));
+    for (let c = 0; c < 3; c++) image.data[i * 4 + c] = table[at + c];
+    image.data[i * 4 + 3] = 255;
+  }
   context.putImageData(image, 0, 0);
 }
 
-const heat = (mass) => { // 0: nothing, 1: an even share, 3 and more: yellow
-  const v = Math.min(mass / 3, 1);
-  return [255 * v, 255 * Math.max(1.6 * v - 0.5, 0), 255 * (0.25 + 0.3 * v)];
-};
-const redBlue = (score) => { // blue below 0, white at 0, red above
-  const v = Math.max(-1, Math.min(1, 2 * score)), fade = 255 * (1 - Math.abs(v));
-  return v > 0 ? [255, fade, fade] : [fade, fade, 255];
-};
+function colourMap(low, high, colour) { // 256 colours for values from low to high
+  const table = new Uint8ClampedArray(3 * 256);
+  for (let i = 0; i < 256; i++) table.set(colour(low + ((high - low) * i) / 255), 3 * i);
+  return { table, low, high };
+}
+const heat = colourMap(0, 3, (mass) => [85 * mass, 136 * mass - 128, 64 + 25 * mass]); // 1 is an even share
+const redBlue = colourMap(-0.5, 0.5, (score) => { // blue below 0, white at 0, red above
+  const fade = 255 * (1 - 2 * Math.abs(score));
+  return score > 0 ? [255, fade, fade] : [fade, fade, 255];
+});
 
 function showPrompts(k, plans, count) { // the mass that each prompt gets, and what it adds to the score
   const { prompts, classes } = about, { cosines, m, n } = state.features;
@@ -277,7 +293,8 @@ try {
   ]);
   ort.env.wasm.wasmBinary = wasm;
   ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
-  session = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"] });
+  const options = { executionProviders: ["wasm"], graphOptimizationLevel: "disabled" }; // it was optimised when it was built
+  session = await ort.InferenceSession.create(graph, options);
   state.background = { image: scenes, index: 0 };
   makeControls();
   await changed();
