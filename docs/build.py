@@ -40,7 +40,7 @@ DIRECTIVE = re.compile(r"#\|\s*(\w+).*\n?")
 
 
 def fetch_libraries(folder: Path):
-    "Copy the files of LIBRARIES from npm packages, which are kept for the next time."
+    "Copy the files of LIBRARIES from npm packages. The packages are kept for the next build."
     cache = SITE / "npm"
     cache.mkdir(parents=True, exist_ok=True)
     for package, files in LIBRARIES.items():
@@ -129,7 +129,7 @@ def write_api(folder: Path) -> list[str]:
 
 
 def prepare(source: Path):
-    "Write everything that Sphinx reads."
+    "Write the sources of all pages for Sphinx."
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
     for name in ("conf.py", "_static", "howto"):

@@ -1,4 +1,4 @@
-"""Sphinx: how the pages that `docs/build.py` has prepared become the site."""
+"""Configuration of Sphinx for the pages that `docs/build.py` prepares."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""The page to try: the shipped small model as ONNX, some scenes and textures, and what the page must know of them."""
+"""The page to try: the shipped small model as ONNX, some scenes and textures, and facts about them."""
 
 import gzip
 import json
@@ -9,26 +9,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from otseg.digits import CLASSES, SIDE, WINDOW, Digits, load_textures, split_classes
-from otseg.export import STEPS, as_fixed
+from otseg.export import fix_decoder, write_graph
 from otseg.images import normalize
 from otseg.inference import window_starts
 from otseg.models import DEFAULT_CHECKPOINT, load_model
 from otseg.mps import cosine
-from otseg.mpsa import PlanScore
 from otseg.viz import palette
 
 SCENES = (5, 1, 12, 27, 33, 40, 58, 71)  # validation scenes, none of which the model was trained on
 
 
 class Parts(nn.Module):
-    "What the page cannot compute itself: the cosines of the MPS path, and the logits of the decoder."
+    "Cosines of the MPS path and logits of the decoder. The page computes plans and masks from them."
 
     def __init__(self, model, normalization: str):
         super().__init__()
         self.model, self.normalization = model, normalization
-        for module in model.modules():
-            if isinstance(module, PlanScore):
-                module.plan = as_fixed(module.plan, STEPS)
+        fix_decoder(model.decoder)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:  # (w, 3, s, s) in [0, 1] -> (w, k, m, n), (w, k, m)
         x, q, _ = self.model.embed(normalize(image, self.normalization))
@@ -36,27 +33,16 @@ class Parts(nn.Module):
 
 
 def write_model(path: Path) -> dict:
-    "Write the compressed graph. Returns what the page has to know of the model."
+    "Write the compressed graph. Returns the facts about the model that the page needs."
     from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
-    from onnxscript import opset18
 
     model, recipe, bench = load_model(DEFAULT_CHECKPOINT)
     corners = [
         (y, x) for y in window_starts(SIDE, WINDOW, recipe.stride) for x in window_starts(SIDE, WINDOW, recipe.stride)
     ]
     raw = path.with_suffix(".partial")
-    torch.onnx.export(
-        Parts(model, recipe.normalization).eval(),
-        (torch.rand(len(corners), 3, WINDOW, WINDOW),),
-        raw,
-        input_names=["image"],
-        output_names=["cosines", "decoder"],
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-        optimize=False,
-        custom_translation_table={torch.ops.otseg.exact_product.default: lambda A, B: opset18.MatMul(A, B)},
-    )
+    images = torch.rand(len(corners), 3, WINDOW, WINDOW)
+    write_graph(Parts(model, recipe.normalization).eval(), images, raw, ("cosines", "decoder"))
     folded = path.with_suffix(".folded")
     options = SessionOptions()
     options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_BASIC  # a quarter of the nodes: loads faster

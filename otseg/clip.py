@@ -233,7 +233,7 @@ def is_reachable(url: str) -> bool:
         return False
     return True
 
-
+# %% ../nbs/03_clip.ipynb #c06c3a8b
 def local_file(
     path: str | Path,  # of a file, or hf://OWNER/REPO[@REVISION]/FILE.safetensors
     cache_dir: str | None = None,  # folder for downloads; None: the hub's own cache

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'RIDGE', 'LEAST_RIDGE', 'LEAST_MASS', 'LEAST_LENGTH', 'OUTPUTS', 'eliminate', 'fixed_plan', 'as_fixed',
-           'Graph', 'require', 'write_graph', 'export_onnx', 'write_class_names', 'output_errors']
+           'fix_decoder', 'Graph', 'require', 'write_graph', 'export_onnx', 'write_class_names', 'output_errors']
 
 # %% ../nbs/33_export.ipynb #18e904e1
 import importlib
@@ -95,6 +95,13 @@ def as_fixed(plan: Callable, steps: int) -> Callable:
     options = plan.keywords if isinstance(plan, partial) else {}
     return partial(fixed_plan, steps=steps, **options) if sinkhorn in (plan, getattr(plan, "func", None)) else plan
 
+
+def fix_decoder(decoder: nn.Module, steps: int = STEPS):
+    "Give all layers of a decoder the plans of `as_fixed`."
+    for module in decoder.modules():
+        if isinstance(module, PlanScore):
+            module.plan = as_fixed(module.plan, steps)
+
 # %% ../nbs/33_export.ipynb #11539230
 class Graph(nn.Module):
     "Model with fixed classes as one function of the image."
@@ -112,9 +119,8 @@ class Graph(nn.Module):
         self.normalization = seg.recipe.normalization
         self.model = with_words(seg.model, seg.embeddings(groups)).cpu()
         self.plan = as_fixed(self.model.transport, steps) if steps else self.model.transport
-        for module in self.model.modules() if steps else ():
-            if isinstance(module, PlanScore):
-                module.plan = as_fixed(module.plan, steps)
+        if steps:
+            fix_decoder(self.model.decoder, steps)
 
     def forward(
         self,
@@ -141,15 +147,15 @@ def require(name: str) -> ModuleType:
         raise ImportError(f"the export needs {name}, which is not installed: pip install 'otseg[onnx]'") from None
 
 
-def write_graph(graph: Graph, image: Tensor, path: Path):
-    "Write a graph as ONNX, for images of one size."
+def write_graph(graph: nn.Module, image: Tensor, path: Path, outputs: Sequence[str] = OUTPUTS):
+    "Write a graph as ONNX, for images of one size and number."
     opset = require("onnxscript").opset18
     torch.onnx.export(
         graph,
         (image,),
         path,
         input_names=["image"],
-        output_names=list(OUTPUTS),
+        output_names=list(outputs),
         dynamo=True,
         external_data=False,
         verbose=False,

@@ -37,14 +37,14 @@ def code_names(
     "Names as code, comma-separated. They may come from anybody's dataset: no character of theirs is Markdown."
     return ", ".join(f"`{' '.join(name.replace('`', chr(39)).split())}`" for name in names) or "none"
 
-
+# %% ../nbs/36_publish.ipynb #9357b9a9
 def card_metadata(
     header: dict,  # of a checkpoint
     record: dict | None,  # from `record_of`
     repo: str,  # OWNER/REPO
     license: str,  # of the weights, as the hub names it
 ) -> ModelCardData:
-    "What the hub reads: licence, task, and the hIoU and mIoU of the ensemble, in percent."
+    "Metadata for the hub: licence, task, and the hIoU and mIoU of the ensemble, in percent."
     dataset, results = header["recipe"].dataset_name or header["recipe"].dataset, []
     if record:
         scores = metrics_table(record).reset_index().query("path == 'ensemble'").iloc[0]
@@ -62,7 +62,7 @@ def card_metadata(
         eval_results=results or None,
     )
 
-
+# %% ../nbs/36_publish.ipynb #6dd884f2
 def model_card(
     header: dict,  # of a checkpoint, from `read_checkpoint`
     record: dict | None,  # from `record_of`
@@ -128,7 +128,7 @@ def prepare(
     name: str = "otseg.safetensors",  # of the file in the repository
     record: str | Path | None = None,  # of the run; None: record.json beside the checkpoint
 ) -> dict[str, str | Path]:  # name in the repository -> content, or file
-    "What to publish. Raises FileNotFoundError; ValueError: if a name is wrong or the file is not a checkpoint of ours."
+    "Files to publish. Raises FileNotFoundError; ValueError: if a name is wrong or the file is no checkpoint of ours."
     checkpoint = Path(checkpoint)
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ValueError(f"repo = {repo!r}: expected OWNER/REPO")

@@ -167,7 +167,7 @@ def test_pages_fit_the_screen(browser, address, width):
 
 
 def run_node(code, given):
-    "What a module of JavaScript prints, which reads `given` as JSON."
+    "JSON that a JavaScript program prints. It reads `given` from JSON."
     program = f"import fs from 'fs'; const given = JSON.parse(fs.readFileSync(0)); {code}"
     command = ["node", "--input-type=module", "-e", program]
     done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
