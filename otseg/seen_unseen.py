@@ -12,18 +12,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 from .checkpoints import provenance
 from .data import Benchmark, EvalView
-from .evaluation import ErrorsAsItems, reading_processes, start_reading_process
+from .evaluation import best_device, evaluation_mode, labelled_images, reading_processes
 from .images import IGNORE
 from .inference import PATH_WEIGHTS, best_classes
-from .metrics import zs3_metrics
+from .metrics import check_values, zs3_metrics
 from .model import DenseCLIP, OTSeg
 from .models import load_model
-from .ot import defer_convergence_checks
 from .recipes import Recipe, run_name
 
 # %% ../nbs/38_seen_unseen.ipynb #10bb66f7
@@ -46,18 +44,13 @@ def seen_unseen_curve(
     device, k, bins = model.text.device, len(bench.classes), len(CALIBRATIONS) + 1
     groups = [int(i in bench.unseen) for i in range(k)]
     counts = {path: torch.zeros(2, bins * k * k, dtype=torch.long, device=device) for path in paths}
-    options = dict(num_workers=workers, worker_init_fn=start_reading_process, generator=torch.Generator())
-    loader = DataLoader(ErrorsAsItems(data), batch_size=None, **options)
-    model.eval()
-    with defer_convergence_checks():
-        for item in tqdm(loader, desc="curve", leave=False, disable=not progress):
-            if isinstance(item, Exception):
-                raise item
-            image, label = item["image"].to(device)[None], item["label"].to(device).long()
+    with evaluation_mode(model):
+        for image, label in labelled_images(data, device, workers=workers, progress=progress):
+            labelled = label != IGNORE
+            check_values("label", label[labelled], k)
             options = dict(paths=paths, stride=recipe.stride, size=label.shape)
             for path, (pred, best) in best_classes(model, image, groups, torch.zeros(k), **options).items():
                 ahead = torch.bucketize(best[0, 0] - best[1, 0], CALIBRATIONS.to(best))  # calibrations below the margin
-                labelled = label != IGNORE
                 for side in (0, 1):
                     index = (ahead * k + label) * k + pred[side, 0]
                     counts[path][side] += index[labelled].bincount(minlength=bins * k * k)
@@ -108,6 +101,7 @@ def measure_curve(
     "Record of the curve of a run: `ausuc`, and for each path the S, U and hIoU of every calibration, in percent."
     model, recipe, bench = load_model(checkpoint, clip_weights=clip_weights, target=target)
     data = EvalView(bench.images("val"), recipe)
+    model = model.to(best_device())
     curve = seen_unseen_curve(model, bench, recipe, data, workers=reading_processes(recipe.dataset, workers))
     run, by_path = run_name(recipe), curve.round(2).groupby("path", sort=False)
     return {

@@ -57,3 +57,13 @@ def test_the_area():
 def test_without_unseen_classes():
     with pytest.raises(ValueError, match="test has no unseen classes"):
         seen_unseen_curve(small_model(), replace(BENCH, unseen=()), resolve("digits"), list(items()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode(training):
+    model, wrong = small_model().train(training), [item | {"label": item["label"] + K} for item in items()]
+    seen_unseen_curve(model, BENCH, resolve("digits"), list(items()))
+    assert model.training == training
+    with pytest.raises(ValueError, match=f"label holds .* but there are {K} classes"):
+        seen_unseen_curve(model, BENCH, resolve("digits"), wrong)
+    assert model.training == training
