@@ -97,12 +97,14 @@ def measure_curve(
     target: Benchmark | None = None,  # with images; None: the benchmark of training
     clip_weights: str | Path | None = None,  # tag or file of CLIP's weights
     workers: int | None = None,  # processes that read images
+    progress: bool = True,  # show a progress bar
 ) -> dict:
     "Record of the curve of a run: `ausuc`, and for each path the S, U and hIoU of every calibration, in percent."
     model, recipe, bench = load_model(checkpoint, clip_weights=clip_weights, target=target)
     data = EvalView(bench.images("val"), recipe)
     model = model.to(best_device())
-    curve = seen_unseen_curve(model, bench, recipe, data, workers=reading_processes(recipe.dataset, workers))
+    options = dict(workers=reading_processes(recipe.dataset, workers), progress=progress)
+    curve = seen_unseen_curve(model, bench, recipe, data, **options)
     run, by_path = run_name(recipe), curve.round(2).groupby("path", sort=False)
     return {
         "name": f"{run}@curve",

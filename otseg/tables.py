@@ -251,7 +251,8 @@ def measure_curves(
             if not checkpoint.is_file():
                 train_run(recipe, out, folder, **given, **options)
             bench = load_recipe_benchmark(recipe, root, clip_weights, description)
-            found = measure_curve(checkpoint, target=bench, clip_weights=clip_weights, workers=options.get("workers"))
+            shared = {name: options[name] for name in ("workers", "progress") if name in options}
+            found = measure_curve(checkpoint, target=bench, clip_weights=clip_weights, **shared)
             write_record(found, folder)
 
 
