@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import trees
-from helpers import close, papermill
+from helpers import close, papermill, run_cells
 
 from otseg.benchmarks import BenchmarkSource, load_benchmark
 from otseg.cli import main
@@ -402,3 +402,24 @@ def test_vit_b16_in_openai_format(tmp_path, openai_vit_b_16):
     assert state["encoder.deep_prompt_embeddings"].shape == (11, 10, 768) and all(
         v.isfinite().all() for v in state.values()
     )
+
+
+@pytest.mark.slow
+def test_figures_of_a_described_folder(runs, forest, weights, tmp_path):
+    "They find its runs, whose names contain that of the dataset, and train or name those that are missing."
+    out, _ = runs("folder")
+    data = dict(dataset="folder", root=place(forest, "folder"), clip_weights=weights)
+    options = data | dict(runs=out / "run", records=out / "records", out=tmp_path, workers=0) | SMALL
+    prompts = run_cells("tables/f1_prompts", setting="inductive", images="0", **options).text
+    assert "MPSA: mine0-inductive-mpsa-seed0-" in prompts and f"-p root {data['root']}" in prompts
+    assert "not run: `papermill nbs/train.ipynb runs/mine0-inductive-softmax-seed0-" in prompts
+    curves = run_cells("tables/f3_training", settings="inductive,transductive", seeds=1, **options).text
+    assert "2 of 4 runs have a log." in curves
+    del options["num_templates"]  # which differs between the columns
+    masks = run_cells("tables/f2_qualitative", settings="inductive", images=1, run_missing=True, **options).text
+    assert "| inductive | MPSA, ensemble |" in masks and "not run" not in masks
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "f1_prompts_folder",
+        "f2_qualitative_folder",
+        "f3_training_folder",
+    }
