@@ -423,3 +423,13 @@ def test_figures_of_a_described_folder(runs, forest, weights, tmp_path):
         "f2_qualitative_folder",
         "f3_training_folder",
     }
+
+
+@pytest.mark.slow
+def test_transfer_to_a_described_folder(runs, forest, weights, tmp_path):
+    out, _ = runs("context")
+    parameters = dict(dataset="context", settings="inductive", seeds=1, targets="folder", run_missing=True, workers=0)
+    parameters |= dict(folder=forest / "CamVid", description="camvid", root=forest, clip_weights=weights, out=tmp_path)
+    run_cells("tables/t2_cross_dataset", runs=out / "run", records=out / "records", **parameters, **SMALL)
+    (record,) = (json.loads(path.read_text()) for path in (out / "records").glob("*@folder-CamVid.json"))
+    assert record["target"] == "camvid" and len(record["metrics"]["ensemble"]["iou"]) == 11
