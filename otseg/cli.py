@@ -255,7 +255,9 @@ def predict(
         str | None, typer.Option(help="A file or hf:// address [default: the shipped small model].")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Name of a CLIP that segments without training.")] = None,
-    dense: Annotated[str, typer.Option(help="With --clip: how its patches are read.")] = "clear",
+    dense: Annotated[
+        str, typer.Option(help="With --clip, how to read it: last, earlier, value, self_self, neighbour or clear.")
+    ] = "clear",
     clip_weights: ClipWeights = None,
     out: Annotated[Path, typer.Option(help="Folder for the masks.")] = Path("masks"),
     background: Annotated[float | None, typer.Option(help="Probability below which a pixel is background.")] = None,

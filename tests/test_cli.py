@@ -1,5 +1,6 @@
 """The command line: every command, its exit status and its messages."""
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -146,6 +147,11 @@ def test_a_stopped_training_says_how_to_continue(error, status, monkeypatch, cap
 def test_help_of_a_command(name, capsys):
     assert cli.main([name, "--help"]) == 0
     assert f"Usage: otseg {name} " in capsys.readouterr().out
+
+
+def test_help_names_every_reading_of_the_patches(capsys):
+    assert cli.main(["predict", "--help"]) == 0
+    assert {*import_module("otseg.encoder").DENSE, "last", "earlier"} <= {*re.findall(r"\w+", capsys.readouterr().out)}
 
 
 def test_help_and_version(capsys):
