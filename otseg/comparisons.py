@@ -33,6 +33,7 @@ class PairedDifference:
     high: float = nan
     p: float = nan  # of the paired t-test
     wins: int = 0  # pairs in which the variant is better
+    unit: str = "pairs"  # what differs between the pairs: seeds, splits, ..; pairs, if several columns do
 
     @property
     def verdict(self) -> str:
@@ -55,7 +56,7 @@ class PairedDifference:
             return NOT_RUN
         interval = f"{self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
         verdict = words.get(self.verdict, self.verdict)
-        return f"{interval}, {self.wins} of {self.pairs} seeds: {verdict}"
+        return f"{interval}, {self.wins} of {self.pairs} {self.unit}: {verdict}"
 
 # %% ../nbs/43_comparisons.ipynb #b83c8aad
 def scores_by_pair(
@@ -88,7 +89,9 @@ def paired_difference(
     low, high = test.confidence_interval(0.95)
     numbers = dict(difference=float(difference.mean()), low=float(low), high=float(high), p=float(test.pvalue))
     wins = int((difference > 0).sum())
-    return PairedDifference(variant, base, metric, len(pairs), **numbers, wins=wins)
+    varied = [name for name in on if pairs.index.get_level_values(name).nunique() > 1]
+    unit = f"{varied[0]}s" if len(varied) == 1 else "pairs"
+    return PairedDifference(variant, base, metric, len(pairs), **numbers, wins=wins, unit=unit)
 
 # %% ../nbs/43_comparisons.ipynb #e6597c13
 COMPARISON_COLUMNS = (*(field.name for field in fields(PairedDifference)), "verdict", "text")

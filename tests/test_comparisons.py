@@ -36,6 +36,19 @@ def test_difference_and_interval():
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
+def test_the_text_says_what_the_pairs_are():
+    "Seeds, splits, or pairs of both."
+    runs = [dict(decoder=d, split=t, seed=s, hIoU=s + 2 * t + (d == "a")) for d in "ab" for t in (0, 1) for s in (0, 1)]
+    scores, on = pd.DataFrame(runs), ("split", "seed")
+    kinds = {
+        "4 of 4 pairs": scores,
+        "2 of 2 seeds": scores.query("split == 0"),
+        "2 of 2 splits": scores.query("seed == 0"),
+    }
+    for text, part in kinds.items():
+        assert text in paired_difference(part, "decoder", "a", "b", on=on).text
+
+
 def test_verdicts():
     found = paired_difference(frame(**CLEAR), "decoder", "a", "b")
     assert found.verdict == BETTER and found.text.endswith(": better")
