@@ -7,6 +7,7 @@ import pytest
 from otseg.comparisons import (
     BETTER,
     NOT_DISTINGUISHABLE,
+    ONE_PAIR,
     WORSE,
     base_against_others,
     compare_with_base,
@@ -62,7 +63,9 @@ def test_only_pairs_count():
     found = paired_difference(frame(a=[3.0, 5.0, np.nan, 9.0], b=[1.0, 2.0, 3.0]), "decoder", "a", "b")
     assert found.pairs == 2 and found.difference == pytest.approx(2.5)
     single = paired_difference(frame(a=[3.0], b=[1.0]), "decoder", "a", "b")
-    assert single.text == single.verdict == NOT_RUN and single.pairs == 1 and np.isnan(single.difference)
+    assert single.text == "+2.0, one pair, no verdict" and single.verdict == ONE_PAIR and np.isnan(single.low)
+    none = paired_difference(frame(a=[np.nan], b=[1.0]), "decoder", "a", "b")
+    assert none.text == none.verdict == NOT_RUN and none.pairs == 0 and np.isnan(none.difference)
     with pytest.raises(ValueError, match="several runs with the same seed"):
         paired_difference(pd.concat([frame(a=[1.0], b=[1.0])] * 2), "decoder", "a", "b")
 
@@ -95,6 +98,8 @@ def test_sentences_agree_with_the_verdicts():
 def test_nothing_run_gives_no_sentence():
     found = compare_with_base(frame(a=[np.nan], b=[1.0]), "decoder", "b", ("hIoU",))
     assert [*found["verdict"]] == [NOT_RUN] and base_against_others(found) == ""
+    one = compare_with_base(frame(a=[2.0], b=[1.0]), "decoder", "b", ("hIoU",))
+    assert [*one["verdict"]] == [ONE_PAIR] and base_against_others(one) == "" and ONE_PAIR in count_verdicts(one)
     nothing = compare_with_base(frame(b=[1.0]), "decoder", "b", ("hIoU",))
     assert nothing.empty and count_verdicts(nothing) == "Nothing has been run yet."
     assert comparisons_to_wide(nothing).empty and base_against_others(nothing) == ""
