@@ -13,6 +13,7 @@ exclude_patterns = ["extra/*", "results/*"]
 html_extra_path = ["extra"]
 nb_execution_mode = "off"  # committed outputs are shown
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # the default does not know tables
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image", "colon_fence"]
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def test_every_notebook_has_a_page_in_the_navigation(site):
     names = [name for name in names if ".ipynb_checkpoints" not in name.parts]
     listed = "".join(path.read_text() for path in site.glob("*.html"))
     assert not [name for name in names if f"nbs/{name.as_posix()}" not in listed]
+
+
+def test_tables_of_outputs_are_tables(site):
+    "Also those that a cell displays as Markdown."
+    texts = {path: re.sub(r"<pre.*?</pre>", "", path.read_text(), flags=re.DOTALL) for path in pages_of(site)}
+    assert not [path for path, text in texts.items() if re.search(r"\| -{3,}:? \|", text)]
+    assert texts[site / "nbs/tables/t3_components.html"].count("<table") >= 12
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
